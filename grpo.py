@@ -1,0 +1,1128 @@
+"""REINFORCE and GRPO on math problems in one file: why does GRPO divide by the standard deviation?
+
+    pip install -r requirements.txt
+    python grpo.py --norm std                     # the embedded task, no download, a few minutes on a laptop
+    python grpo.py --norm none                    # the same prompts and random numbers without the division
+    python grpo.py --help                         # every setting
+    python grpo.py --task gsm8k --model DIR_OR_HUB_NAME --lr 1e-6
+    python grpo.py --task math --data FILE.jsonl --model DIR
+    python grpo.py --norm std --resume            # goes on where an interrupted run stopped
+
+A step: P prompts, G sampled completions each, rewards r [P, G], advantages A = (r - group mean) * scale, one ascent
+step on the policy gradient. `--norm` chooses the scale and nothing else:
+
+    none   1                 REINFORCE with the group mean as baseline
+    std    1 / (sigma + eps)     GRPO (Shao et al. 2024, arXiv 2402.03300)
+    var    1 / (sigma^2 + eps)   one power further: ascent on the log-odds of the pass rate
+    batch  1 / (std of all P*G rewards + eps)
+
+Where conventions differ, this file takes: population standard deviation (TRL, verl and OpenRLHF: sample form), eps
+1e-6, a group of equal rewards has advantage exactly 0; `--agg sequence`, the sum over a completion's tokens divided by
+the constant P*G, which is the gradient of the expected reward (GRPO as published: `mean` over each sequence's tokens;
+DAPO: `token`, mean over the batch's tokens; Dr. GRPO: `--norm none --agg sequence` up to a constant factor); on-policy,
+one update a batch, so clipping acts only with `--epochs` > 1; no KL term unless `--kl` > 0 (k3 estimate).
+
+The file reads top to bottom: Config, the mathematics, tasks and rewards, the policy, rollout, update, files, training.
+The functions under "mathematics" need torch and their arguments alone: copy them.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from datasets import Dataset, disable_progress_bars, load_dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+)
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+Reward = Callable[[str, str], float]  # (completion, answer) -> reward
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: one line, exit status 2, nothing written."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: one line, exit status 1, the last checkpoint intact."""
+
+
+# -------------------------- Config: one field a setting; the command line is made from it ---------------------------
+
+
+def setting(default: Any, text: str) -> Any:
+    """A dataclass field with its line of documentation, which --help shows."""
+    return HfArg(default=default, help=text)
+
+
+@dataclass
+class Config:
+    """Settings of a run. 0 or an empty text means "chosen for the task or model", as the field says.
+
+    Raises InputError for a value out of range.
+    """
+
+    norm: Literal["none", "std", "var", "batch"] = setting("std", "what advantages are divided by")
+    task: Literal["arith", "gsm8k", "math"] = setting("arith", "problems and their reward")
+    model: str = setting("tiny", "'tiny' (embedded), a directory, or a hub name")
+    data: str = setting("", "JSONL file of training problems instead of the task's own")
+    eval_data: str = setting("", "JSONL file of held-out problems; without it part of --data is held out")
+    instruction: str = setting("", "prompt text around {question}; empty: the task's")
+    chat: bool = setting(True, "use the tokenizer's chat template if it has one")
+    prompts: int = setting(16, "P, prompts a step")
+    group: int = setting(16, "G, completions a prompt")
+    max_new_tokens: int = setting(0, "longest completion; 0: 6 for arith, 512 for gsm8k, 1024 for math")
+    temperature: float = setting(1.0, "of the sampled, and trained, distribution")
+    steps: int = setting(300, "updates")
+    lr: float = setting(0.0, "learning rate; 0: 1e-4 for tiny, 1e-6 for other models")
+    warmup: int = setting(10, "steps of linear warm-up; constant afterwards")
+    optimizer: Literal["adamw", "sgd"] = setting("adamw", "sgd is what the theory speaks of")
+    max_grad_norm: float = setting(10.0, "clip the gradient to this norm, a guard against outliers; 0: never")
+    agg: Literal["sequence", "mean", "token"] = setting("sequence", "how token terms become a loss")
+    epochs: int = setting(1, "updates a batch; above 1 the importance ratio is clipped")
+    clip: float = setting(0.2, "range of the importance ratio around 1")
+    kl: float = setting(0.0, "weight of the KL term against the frozen start policy")
+    micro_batch: int = setting(64, "completions of one training pass at most")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the weights; auto: bfloat16 on CUDA")
+    device: str = setting("auto", "torch device; auto: cuda if there is one, else cpu")
+    seed: int = setting(0, "of prompts' order and sampling")
+    sft_steps: int = setting(0, "supervised warm start on worked solutions; 0: 2000 for tiny, none else")
+    sft_batch: int = setting(0, "solutions a warm-start step; 0: 64 for tiny, 16 else")
+    sft_lr: float = setting(0.0, "peak rate of the warm start; 0: 6e-3 for tiny, 5e-5 else")
+    eval_every: int = setting(50, "steps between evaluations on held-out problems; 0: start and end alone")
+    eval_problems: int = setting(512, "held-out problems (of one --data file at most a third)")
+    save_every: int = setting(50, "steps between checkpoints")
+    out: str = setting("", "run directory; empty: runs/TASK-NORM-SEED")
+    resume: bool = setting(False, "continue the run in --out")
+    cache: str = setting("~/.cache/grpo", "where warm-started models are kept for later runs")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(type(self).__annotations__[field.name])
+            if allowed and value not in allowed:
+                raise InputError(f"{field.name} is {value!r}, not one of {', '.join(allowed)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{field.name} is {value}, not a finite number")
+            if isinstance(value, (int, float)) and value < 0:
+                raise InputError(f"{field.name} is {value}, below 0")
+        least_of = {"prompts": 1, "group": 2, "epochs": 1, "micro_batch": 1, "save_every": 1, "eval_problems": 1}
+        for name, least in least_of.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}, below {least}")
+        if self.temperature == 0:
+            raise InputError("temperature is 0: greedy completions are all alike and teach nothing")
+        tiny = self.model == "tiny"
+        self.instruction = self.instruction or TASKS[self.task].instruction
+        if "{question}" not in self.instruction:
+            raise InputError("instruction has no {question}, so no prompt would hold its problem")
+        self.max_new_tokens = self.max_new_tokens or TASKS[self.task].max_new_tokens
+        self.lr = self.lr or (1e-4 if tiny else 1e-6)
+        self.sft_steps = self.sft_steps or (2000 if tiny else 0)
+        self.sft_batch = self.sft_batch or (64 if tiny else 16)
+        self.sft_lr = self.sft_lr or (6e-3 if tiny else 5e-5)
+        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"device {self.device} cannot be used: {first_line(error)}") from error
+        self.dtype = ("bfloat16" if "cuda" in self.device else "float32") if self.dtype == "auto" else self.dtype
+        self.out = self.out or f"runs/{self.task}-{self.norm}-{self.seed}"
+
+
+# ------------------ Mathematics: pure functions of torch and their arguments, to be copied freely -------------------
+
+
+def group_advantages(rewards: torch.Tensor, norm: str, eps: float = 1e-6) -> torch.Tensor:
+    """Advantages of sampled completions relative to their own group.
+
+    rewards: [P, G], G completions for each of P prompts. norm: "none" (r - group mean), "std" (divided by the group's
+    standard deviation, GRPO, arXiv 2402.03300 section 4.1.2), "var" (by its variance), "batch" (by the standard
+    deviation of all P*G rewards). Population forms (correction=0). Returns [P, G], exactly 0 where a group's rewards
+    are all equal: there rounding alone would otherwise be divided by eps. Raises ValueError for another norm or shape.
+    """
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards have shape {tuple(rewards.shape)}, not [prompts, group]")
+    centered = rewards - rewards.mean(dim=1, keepdim=True)  # [P, G]
+    std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
+    if norm == "none":
+        advantages = centered
+    elif norm == "std":
+        advantages = centered / (std + eps)
+    elif norm == "var":
+        advantages = centered / (std**2 + eps)
+    elif norm == "batch":
+        advantages = centered / (rewards.std(correction=0) + eps)
+    else:
+        raise ValueError(f"unknown norm {norm!r}")
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return torch.where(equal, torch.zeros_like(advantages), advantages)
+
+
+def token_weights(lengths: torch.Tensor, agg: str) -> torch.Tensor:
+    """What each token's term counts in the batch loss; fixed for the whole batch, so no split of it matters.
+
+    lengths: [P, G] tokens of each completion. agg: "sequence" 1/(P*G) (the policy gradient of the whole completion),
+    "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv 2503.14476). Returns [P, G].
+    Raises ValueError for another agg.
+    """
+    if agg == "sequence":
+        return torch.full(lengths.shape, 1.0 / lengths.numel(), device=lengths.device)
+    if agg == "mean":
+        return 1.0 / (lengths.numel() * lengths)
+    if agg == "token":
+        return torch.full(lengths.shape, 1.0 / lengths.sum().item(), device=lengths.device)
+    raise ValueError(f"unknown agg {agg!r}")
+
+
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor, clip: float
+) -> torch.Tensor:
+    """Clipped policy-gradient loss, -sum of weights * min(ratio * A, clip(ratio) * A) (PPO, arXiv 1707.06347, eq. 7).
+
+    All arguments but clip have one equal shape, an entry a token; logprobs in nats. With old_logprobs =
+    logprobs.detach() the ratio is 1 and the gradient is REINFORCE's, -sum of weights * A * grad logprobs.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    bounded = ratio.clamp(1 - clip, 1 + clip)
+    return -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
+
+
+def k3_divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference) in nats, >= 0: exp(d) - d - 1 with d = reference - policy.
+
+    Any equal shapes; returns the same shape. Unbiased in value (Schulman, "Approximating KL Divergence", 2020, k3).
+    """
+    difference = reference_logprobs - logprobs
+    return torch.expm1(difference) - difference
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Log-probability in nats of each token under softmax(logits / temperature). logits: [N, V], tokens: [N] -> [N].
+
+    Gather minus logsumexp: no [N, V] table of log-probabilities is made.
+    """
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    return scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(dim=1)
+
+
+def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
+    """Draw one token a row from softmax(logits / temperature), and nothing else: no top-k, no top-p, no penalty.
+
+    logits: [N, V]; uniforms: [N] in [0, 1), one a token, so that a draw depends on its own number alone; temperature 0
+    takes the most likely token. Returns tokens [N], their log-probabilities [N] and the distributions' entropies [N],
+    in nats (at temperature 0 those of temperature 1).
+    """
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [N, V]
+    probs = logprobs.exp()
+    if temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        cumulative = probs.cumsum(dim=-1)
+        # Rounding leaves the last cumulative value a little off 1: the target is a share of that value instead.
+        target = uniforms[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], torch.special.entr(probs).sum(dim=-1)
+
+
+# ---------------------------------------- Tasks, and rewards that check them ----------------------------------------
+
+MAX_SPAN = 300  # characters of an answer: a longer one is none, and slow to parse
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+NUMBER = re.compile(rf"([-+]?)\s*({DIGITS})(?:/([0-9]+))?")
+# What may stand beside the digits of a number: words, units, currency, marks; no operator, no LaTeX, no "5x".
+BESIDE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|(?<=\s)[A-Za-z]\b|[$€£%°*_()'\"?]|[,.:;/](?![0-9])")
+# Towers of powers, factorials and long numbers are legal LaTeX and take for ever: an answer has none.
+BOMB = re.compile(r"!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}")
+
+
+def marked_answer(text: str) -> str | None:
+    r"""The last answer marked by \boxed{...} or ####; None without a mark, "" where the last one is not closed."""
+    boxed, hashes = text.rfind("\\boxed"), text.rfind("####")
+    if hashes > boxed:
+        return text[hashes + 4 : hashes + MAX_SPAN].strip().split("\n")[0]
+    if boxed < 0:
+        return None
+    rest, depth = text[boxed + 6 : boxed + MAX_SPAN].lstrip(), 0
+    if not rest.startswith("{"):
+        return (re.match(r"[^\s$.,]*", rest) or [""])[0]  # "\boxed 5"
+    for i, character in enumerate(rest):
+        if rest[i - 1] != "\\":
+            depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return rest[1:i].strip()
+    return ""
+
+
+def plain_latex(text: str) -> str:
+    """One spelling for what LaTeX writes in several ways."""
+    text = re.sub(r"\\[!,;: ]|\\left\b|\\right\b|~", "", text.replace("\\$", "").replace("−", "-").replace("{,}", ","))
+    text = re.sub(r"\\[dt]frac", r"\\frac", text.replace("\\%", "%"))
+    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text)
+    return re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", text).strip()
+
+
+def parse_number(text: str) -> Fraction | None:
+    """The value of a plain_latex text that is one number, perhaps with currency, percent sign, unit or words."""
+    found = NUMBER.fullmatch(BESIDE.sub(" ", text.rsplit("=", 1)[-1]).strip())
+    if not found or found[3] and int(found[3]) == 0:
+        return None
+    return Fraction(found[1] + found[2].replace(",", "")) / int(found[3] or 1)
+
+
+def same_latex(given: str, answer: str) -> bool:
+    """Whether two LaTeX texts are equal, by math-verify, which may take a second to read and one to compare."""
+    if any(BOMB.search(text) for text in (given, answer)):
+        return False
+    import math_verify  # a second to import: only where LaTeX is compared
+
+    # Its time limit is a signal, which only the main thread gets.
+    limit = 1 if threading.current_thread() is threading.main_thread() else None
+    try:
+        wanted, got = (math_verify.parse(f"${text}$", parsing_timeout=limit) for text in (answer, given))
+        return bool(math_verify.verify(wanted, got, timeout_seconds=limit))
+    except Exception:  # sympy raises whatever it likes on text that is not mathematics
+        return False
+
+
+def grade(completion: str, answer: str) -> float:
+    r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception, never over 3 seconds.
+
+    The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last number. Numbers are
+    compared by value, separators, currency, percent sign and unit set aside; the rest as LaTeX by math-verify.
+    """
+    given, answer = marked_answer(completion), plain_latex(answer)
+    if given is None:
+        given = ([found[0] for found in NUMBER.finditer(BESIDE.sub(" ", plain_latex(completion[-1000:])))] or [""])[-1]
+    given = plain_latex(given[:MAX_SPAN])
+    number, gold = parse_number(given), parse_number(answer)
+    if number is not None and gold is not None:
+        return float(number == gold)
+    return float(given != "" and (given.split() == answer.split() or same_latex(given, answer)))
+
+
+def exact_match(completion: str, answer: str) -> float:
+    """1.0 if the completion is the answer to the letter, else 0.0."""
+    return float(completion == answer)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompt text, longest completion, reward, and load_dataset's arguments for the two splits."""
+
+    instruction: str
+    max_new_tokens: int
+    reward: Reward
+    train: tuple[str, str, str] = ("", "", "")
+    test: tuple[str, str, str] = ("", "", "")
+
+
+TASKS = {
+    "arith": Task("{question}", 6, exact_match),
+    "gsm8k": Task(
+        "{question}\nReason step by step, then give the answer as a number on the last line: #### N",
+        512, grade, ("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+    "math": Task(
+        "{question}\nReason step by step, and put the final answer within \\boxed{}.", 1024, grade,
+        ("DigitalLearningGmbH/MATH-lighteval", "default", "train"), ("HuggingFaceH4/MATH-500", "default", "test")),
+}
+
+
+def make_arith(held_out: int, size: int = 1 << 15) -> tuple[Dataset, Dataset]:
+    """Three-digit sums, "047+085=" with the answer's units digit first, "2310"; no problem is in both data sets.
+
+    The column `solution` is for the warm start: worked as by somebody who forgets each carry with probability 1/2. A
+    policy trained on it has the skill and slips, as a pretrained model does: RL can only raise what is sampled.
+    """
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(10**6)  # problem k is k // 1000 + k % 1000
+    pairs = np.concatenate([chosen[:size], chosen[size : size + held_out]])
+    columns = {}
+    for name, slip in (("answer", 0.0), ("solution", 0.5)):
+        carry, digits = np.zeros_like(pairs), []
+        for place in (1, 10, 100):
+            total = pairs // 1000 // place % 10 + pairs // place % 10 + carry
+            digits.append(total % 10)
+            carry = total // 10 * (rng.random(len(pairs)) >= slip)
+        columns[name] = ["".join(map(str, row)) for row in np.stack([*digits, carry], 1).tolist()]
+    rows = Dataset.from_dict({"question": [f"{k // 1000:03}+{k % 1000:03}=" for k in pairs.tolist()], **columns})
+    return rows.select(range(size)), rows.select(range(size, size + held_out))
+
+
+def standard_columns(raw: Dataset, source: str, graded: bool) -> Dataset:
+    """Rows as question, answer (the final one) and solution ("" where there is none), whatever the columns' names.
+
+    Raises InputError for an empty data set, missing columns, and, where `grade` will read it, an answer that cannot be
+    graded, with its row number (the first is 1).
+    """
+    question = next((name for name in ("question", "problem", "prompt") if name in raw.column_names), "")
+    answer = next((name for name in ("answer", "final_answer", "solution") if name in raw.column_names), "")
+    if not question or not answer:
+        raise InputError(f"{source}: no column question/problem or answer/solution in {', '.join(raw.column_names)}")
+    if len(raw) == 0:
+        raise InputError(f"{source}: no rows")
+    rows = []
+    for number, row in enumerate(raw, 1):
+        text = "" if row[answer] is None else str(row[answer]).strip()
+        marked = marked_answer(text)
+        final = (marked or "") if marked is not None or answer == "solution" else text
+        if not isinstance(row[question], str) or not row[question].strip():
+            raise InputError(f"{source}, row {number}: no {question}")
+        if graded and (not final or len(final) > MAX_SPAN or final.count("{") != final.count("}")):
+            raise InputError(f"{source}, row {number}: answer {text[-60:]!r} cannot be graded")
+        worked = str(row.get("solution") or (text if marked is not None else ""))
+        # GSM8K marks its sums for a calculator, <<48/2=24>>: not text to learn.
+        rows.append({"question": row[question], "answer": final, "solution": re.sub(r"<<[^<>]*>>", "", worked)})
+    return Dataset.from_list(rows)
+
+
+def load_problems(config: Config, dataset: Dataset | None, reward: Reward) -> tuple[Dataset, Dataset]:
+    """Training and held-out problems: `dataset`, files, the hub, or the embedded task. Raises InputError."""
+
+    def load(path: str, name: str = "", split: str = "train") -> Dataset:
+        file = not name
+        if file and not Path(path).is_file():
+            raise InputError(f"there is no file {path}")
+        try:
+            raw = load_dataset("json", data_files=path, split=split) if file else load_dataset(path, name, split=split)
+        except Exception as error:  # what datasets raises has no common class
+            hint = "" if file else " (without a network, pass a local file: --data FILE.jsonl)"
+            raise InputError(f"cannot load {path}: {first_line(error)}{hint}") from error
+        return standard_columns(raw, path, reward is grade)
+
+    task, test = TASKS[config.task], None
+    if dataset is not None:
+        train = standard_columns(dataset, "dataset", reward is grade)
+    elif config.data:
+        train = load(config.data)
+    elif config.task == "arith":
+        train, test = make_arith(config.eval_problems)
+    else:
+        train, test = load(*task.train), None if config.eval_data else load(*task.test)
+    if config.eval_data:
+        test = load(config.eval_data)
+    if test is None:
+        if len(train) < 3:
+            raise InputError(f"{len(train)} problems are too few to hold any out: pass --eval-data FILE.jsonl")
+        order = np.random.default_rng(0).permutation(len(train))
+        share = min(config.eval_problems, len(train) // 3)
+        train, test = train.select(order[share:]), train.select(order[:share])
+    return train, test.select(range(min(config.eval_problems, len(test))))
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+# ------------------- The policy: model, tokenizer, float32 masters, and the supervised warm start -------------------
+
+
+@dataclass
+class Policy:
+    """A causal language model, what turns text into its tokens, and the float32 weights that the optimizer steps."""
+
+    model: Any
+    tokenizer: Any
+    eos_ids: list[int]
+    masters: dict[str, torch.Tensor]  # the model's own parameters when they are float32
+
+    def take_gradients(self) -> None:
+        """Add the working weights' gradients to the masters' and clear them: sums of many passes stay in float32."""
+        for name, parameter in self.model.named_parameters():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                master.grad += parameter.grad
+                parameter.grad = None
+
+    def publish(self) -> None:
+        """Copy the masters into the working weights, so that rollout and training see the same policy."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+
+def tiny_model() -> tuple[Any, Any]:
+    """An untrained one-layer transformer of 133k parameters with a character tokenizer: the embedded model."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *characters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))  # without merges: characters
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    shape = GPT2Config(
+        vocab_size=len(vocabulary), n_positions=128, n_embd=96, n_layer=1, n_head=8, n_inner=384, bos_token_id=0,
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    with torch.random.fork_rng():  # the same start for every --seed, and the caller's random state untouched
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(shape), tokenizer
+
+
+def from_pretrained(config: Config, path: str, dtype: str) -> tuple[Any, Any]:
+    """Model and tokenizer of a directory or hub name. Raises InputError."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return model.to(config.device), AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises OSError, ValueError, ImportError, SafetensorError, ...
+        hint = "(without a network: --model DIR --data FILE.jsonl)"
+        raise InputError(f"cannot load model {path}: {first_line(error)} {hint}") from error
+
+
+def load_policy(config: Config, rows: Dataset) -> Policy:
+    """The start policy: the named model, warm-started if asked for. Raises InputError."""
+    path = warm_start(config, rows) if config.sft_steps else config.model
+    model, tokenizer = from_pretrained(config, str(path), config.dtype)
+    model.eval()  # dropout would make the trained distribution another one than the sampled
+    ends = getattr(model.generation_config, "eos_token_id", None)  # None, one id, or several
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if not ends:
+        raise InputError(f"model {config.model} names no end-of-sequence token")
+    masters = dict(model.named_parameters())
+    if config.dtype != "float32":
+        masters = {name: p.detach().float() for name, p in masters.items()}
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    return Policy(model, tokenizer, sorted(ends), masters)
+
+
+@dataclass
+class Problem:
+    """A row of a data set, with its prompt in the model's tokens."""
+
+    question: str
+    answer: str
+    solution: str  # worked, for a warm start; may be empty
+    prompt: list[int]
+
+
+def encode_problems(rows: Dataset, model: Any, tokenizer: Any, config: Config) -> list[Problem]:
+    """Problems with their prompts. Raises InputError for one that is empty, unreadable or longer than the context."""
+    texts = [config.instruction.replace("{question}", question) for question in rows["question"]]
+    chat = config.chat and getattr(tokenizer, "chat_template", None)
+    if chat:
+        dialogs = [[{"role": "user", "content": text}] for text in texts]
+        texts = [tokenizer.apply_chat_template(d, tokenize=False, add_generation_prompt=True) for d in dialogs]
+    prompts = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    for i, prompt in enumerate(prompts):
+        name = f"prompt {i} ({texts[i][:40]!r}...)"
+        if not prompt or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt):
+            raise InputError(f"{name} is empty or has characters that the tokenizer does not know")
+        if len(prompt) + config.max_new_tokens > context_length(model):
+            total = f"{len(prompt)} tokens, with {config.max_new_tokens} new ones"
+            raise InputError(f"{name} has {total} more than the model's context of {context_length(model)}")
+    columns = (list(rows[name]) for name in ("question", "answer", "solution"))
+    return [Problem(*row) for row in zip(*columns, prompts, strict=True)]
+
+
+def warm_start(config: Config, rows: Dataset) -> Path:
+    """Directory of the model after --sft-steps of supervised training on the problems' worked solutions.
+
+    Kept in --cache under a hash of everything it depends on (not the seed), so that it is made once. Written under a
+    temporary name and renamed. Raises InputError where there is no solution to learn from.
+    """
+    files = sorted(Path(config.model).glob("*"))  # none for tiny or a hub name
+    stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    names = ("model", "instruction", "chat", "sft_steps", "sft_batch", "sft_lr")
+    key = hashlib.sha256(json.dumps([1, stamp, [getattr(config, name) for name in names]]).encode())
+    for column in ("question", "solution"):
+        key.update("\0".join(rows[column]).encode())
+    target = Path(config.cache).expanduser() / key.hexdigest()[:16]
+    if target.is_dir():
+        return target
+    if not any(rows["solution"]):
+        raise InputError("a warm start (--sft-steps) needs problems with a column of worked solutions: solution")
+    model, tokenizer = tiny_model() if config.model == "tiny" else from_pretrained(config, config.model, "float32")
+    supervised(model.to(config.device).eval(), tokenizer, rows, config)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = tempfile.mkdtemp(dir=target.parent)
+    model.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    try:
+        os.rename(made, target)
+    except OSError:  # another run made it meanwhile
+        shutil.rmtree(made)
+    return target
+
+
+def supervised(model: Any, tokenizer: Any, rows: Dataset, config: Config) -> None:
+    """Train the model in place on worked solutions: cross-entropy of their tokens, AdamW, linear decay to 0."""
+    problems = [problem for problem in encode_problems(rows, model, tokenizer, config) if problem.solution]
+    solutions = tokenizer([problem.solution for problem in problems], add_special_tokens=False)["input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.1)
+    warm, rng = max(1, config.sft_steps // 20), np.random.default_rng(0)
+    queue: list[int] = []
+    bar = progress(range(config.sft_steps), "warm start")
+    for step in bar:
+        while len(queue) < config.sft_batch:
+            queue += rng.permutation(len(problems)).tolist()
+        chosen, queue = queue[: config.sft_batch], queue[config.sft_batch :]
+        pairs = [(problems[i].prompt, [*solutions[i], tokenizer.eos_token_id]) for i in chosen]
+        ids = [torch.tensor(prompt + solution) for prompt, solution in pairs]
+        labels = [torch.tensor([-100] * len(prompt) + solution) for prompt, solution in pairs]  # -100: not predicted
+        batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, : context_length(model)].to(model.device)
+        wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)[:, : batch.shape[1]]
+        loss = model(batch, labels=wanted.to(model.device), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = config.sft_lr * min((step + 1) / warm, 1 - step / config.sft_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % max(1, config.sft_steps // 10) == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            if bar.disable:
+                bar.write(f"warm start {step:>5}/{config.sft_steps}  loss {loss.item():.3f}")
+
+
+def context_length(model: Any) -> int:
+    """Positions that the model can hold; without limit where its config names none."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+# -------------------- Rollout: sample completions from exactly the distribution that is trained ---------------------
+
+ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
+
+
+def stream(*key: int) -> np.random.Generator:
+    """Random numbers that depend on the key (seed, purpose, step, index) alone, not on what was drawn before."""
+    return np.random.default_rng(key)
+
+
+@dataclass
+class Rollout:
+    """Completions of P prompts, G each; what lies beyond a completion's length is not part of it."""
+
+    tokens: torch.Tensor  # [P, G, T], the sampled end token included
+    lengths: torch.Tensor  # [P, G]
+    logprobs: torch.Tensor  # [P, G, T] of the sampled tokens, nats
+    entropy: torch.Tensor  # [P, G, T] of the distributions they were drawn from, nats
+    truncated: torch.Tensor  # [P, G] bool: no end token within T
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """[P, G, T] bool: the tokens that belong to a completion."""
+        return torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
+
+
+@torch.no_grad()
+def rollout(policy: Policy, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float) -> Rollout:
+    """Sample G completions of at most T tokens for each of P prompts; temperature 0 is greedy.
+
+    uniforms: [P, G, T] in [0, 1), one a token. Every prompt is encoded once, then its cache is replicated; rows that
+    have ended leave the batch.
+    """
+    model, device = policy.model, policy.model.device
+    P, G, T = uniforms.shape
+    uniforms, ends = uniforms.view(P * G, T).to(device), torch.tensor(policy.eos_ids, device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    width = int(lengths.max())
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [P, width]
+    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+    position = (mask.cumsum(1) - 1).clamp(min=0)  # of left-padded rows, explicitly: absolute positions need it
+    output = model(ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
+    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(G, 0)  # [R, V], R = P*G
+    cache.batch_repeat_interleave(G)
+    mask, position = mask.repeat_interleave(G, 0), lengths.repeat_interleave(G)[:, None]
+
+    tokens = torch.zeros(P * G, T, dtype=torch.long, device=device)
+    logprobs, entropy = torch.zeros(P * G, T, device=device), torch.zeros(P * G, T, device=device)
+    count, ended = torch.zeros_like(position[:, 0]), torch.zeros(P * G, dtype=torch.bool, device=device)
+    rows = torch.arange(P * G, device=device)  # of the batch, those that still run
+    every = 1 if device.type == "cpu" else 8  # asking which rows have ended makes an accelerator wait
+    for t in range(T):
+        drawn, logprobs[rows, t], entropy[rows, t] = sample_tokens(logits, uniforms[rows, t], temperature)
+        tokens[rows, t] = drawn
+        count[rows] += ~ended[rows]
+        ended[rows] |= torch.isin(drawn, ends)
+        if t + 1 == T:
+            break
+        if (t + 1) % every == 0:
+            running = (~ended[rows]).nonzero()[:, 0]
+            if len(running) == 0:
+                break
+            if len(running) < len(rows):
+                rows, drawn, mask = rows[running], drawn[running], mask[running]
+                cache.batch_select_indices(running)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits = model(
+            drawn[:, None], attention_mask=mask, position_ids=position[rows] + t, past_key_values=cache, use_cache=True
+        ).logits[:, -1]
+    return Rollout(*(x.unflatten(0, (P, G)) for x in (tokens, count, logprobs, entropy, ~ended)))
+
+
+def completions(policy: Policy, sampled: Rollout) -> list[list[str]]:
+    """The text of every completion, [P][G], without special tokens."""
+    rows = [row[:length] for row, length in zip(
+        sampled.tokens.flatten(0, 1).tolist(), sampled.lengths.flatten().tolist(), strict=True)]
+    texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [texts[start : start + sampled.lengths.shape[1]] for start in range(0, len(texts), sampled.lengths.shape[1])]
+
+
+def score(texts: list[list[str]], answers: list[str], reward: Reward) -> torch.Tensor:
+    """Rewards [P, G] of completions. Raises RunError for a reward that is no finite number, naming its completion."""
+    rewards = torch.zeros(len(texts), len(texts[0]), dtype=torch.float64)
+    for p, (group, answer) in enumerate(zip(texts, answers, strict=True)):
+        for g, text in enumerate(group):
+            try:
+                rewards[p, g] = value = float(reward(text, answer))
+            except Exception as error:
+                raise RunError(f"the reward failed ({error!r}) on completion {text!r}, answer {answer!r}") from error
+            if not math.isfinite(value):
+                raise RunError(f"the reward is {value} on completion {text!r}, answer {answer!r}")
+    return rewards
+
+
+def pass_rates(rewards: torch.Tensor) -> torch.Tensor:
+    """Share of rewards equal to 1 in each row, [P, G] -> [P]; NaN (in the log: null) where one lies outside [0, 1]."""
+    inside = ((rewards >= 0) & (rewards <= 1)).all(dim=1)
+    return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
+
+
+# --------------------------------- Update: the policy gradient, a prompt at a time ----------------------------------
+
+
+@dataclass
+class Batch:
+    """A step's prompts and what was sampled for them."""
+
+    ids: list[int]  # P rows of the training problems
+    prompts: list[list[int]]  # P token lists
+    sampled: Rollout
+    rewards: torch.Tensor  # [P, G]
+    advantages: torch.Tensor  # [P, G]
+
+
+def encode_prefix(model: Any, prompt: torch.Tensor) -> Any:
+    """Cache [1, L-1] of all but the prompt's last token, which starts the completions' pass; None for one token."""
+    return model(prompt[None, :-1], use_cache=True, logits_to_keep=1).past_key_values if len(prompt) > 1 else None
+
+
+def fork(cache: Any, n: int) -> Any:
+    """A cache of n rows that all continue the given one of one row; the given one stays as it is."""
+    if cache is None:
+        return None
+    forked = copy.copy(cache)
+    forked.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in forked.layers:
+        layer.keys, layer.values = layer.keys.expand(n, -1, -1, -1), layer.values.expand(n, -1, -1, -1)
+    return forked
+
+
+def completion_logprobs(
+    model: Any, prompt: torch.Tensor, prefix: Any, tokens: torch.Tensor, lengths: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Log-probabilities in nats of all completions' tokens, one after the other: [lengths.sum()].
+
+    prompt: [L]; prefix: encode_prefix of it; tokens: [n, T]; lengths: [n]. Padding stands on the right, where no token
+    of a completion attends to it, so no mask is needed.
+    """
+    tokens = tokens[:, : int(lengths.max())]
+    inputs = torch.cat([prompt[-1].expand(len(tokens), 1), tokens[:, :-1]], dim=1)
+    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [n, T]
+    logits = model(inputs, past_key_values=fork(prefix, len(tokens)), use_cache=prefix is not None).logits[valid]
+    return token_logprobs(logits, tokens[valid], temperature)
+
+
+def prompt_backward(
+    model: Any, prompt: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, advantages: torch.Tensor,
+    weights: torch.Tensor, config: Config, old: torch.Tensor | None = None, reference: Any = None,
+) -> torch.Tensor:
+    """Add the gradient of one prompt's loss to the parameters'; returns its log-probabilities [lengths.sum()].
+
+    prompt: [L]; tokens: [G, T]; lengths, advantages, weights: [G]; old: the log-probabilities that the importance ratio
+    is taken to (None: the present ones, ratio 1); reference: model of the KL term, or None. The prompt is encoded once:
+    every pass of --micro-batch completions leaves its gradient in the prefix's keys and values, from where all of it
+    goes back through the prompt together.
+    """
+    prefix = encode_prefix(model, prompt)
+    layers = prefix.layers if prefix else []
+    roots = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+    leaves = [root.detach().requires_grad_() for root in roots]
+    for layer, keys, values in zip(layers, leaves[::2], leaves[1::2], strict=True):
+        layer.keys, layer.values = keys, values
+    with torch.no_grad():
+        reference_prefix = encode_prefix(reference, prompt) if reference else None
+    found, ends = [], [0, *lengths.cumsum(0).tolist()]
+    for start in range(0, len(tokens), config.micro_batch):
+        part = slice(start, min(start + config.micro_batch, len(tokens)))
+        logprobs = completion_logprobs(model, prompt, prefix, tokens[part], lengths[part], config.temperature)
+        before = logprobs.detach() if old is None else old[ends[part.start] : ends[part.stop]]
+        weight, advantage = (x[part].repeat_interleave(lengths[part]) for x in (weights, advantages))
+        loss = policy_loss(logprobs, before, advantage, weight, config.clip)
+        if reference:
+            with torch.no_grad():
+                anchor = completion_logprobs(
+                    reference, prompt, reference_prefix, tokens[part], lengths[part], config.temperature)
+            loss = loss + config.kl * (weight * k3_divergence(logprobs, anchor)).sum()
+        loss.backward()
+        found.append(logprobs.detach())
+    if roots:
+        torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
+    return torch.cat(found)
+
+
+def update(policy: Policy, optimizer: Any, batch: Batch, config: Config, reference: Any = None) -> dict[str, Any]:
+    """One optimizer step an epoch on the whole batch; returns what the log says of it.
+
+    A prompt whose completions were all rewarded alike has no gradient and costs nothing, unless there is a KL term.
+    Where the sampled log-probabilities or the gradient are not finite, no step is taken: `skipped` counts those.
+    """
+    sampled, norms, gap = batch.sampled, [], 0.0
+    masters = list(policy.masters.values())
+    advantages = batch.advantages.to(masters[0])  # its device and dtype
+    weights = token_weights(sampled.lengths, config.agg).to(masters[0])  # [P, G]
+    finite = bool(sampled.logprobs.isfinite().all())
+    active = [p for p in range(len(batch.prompts)) if finite and (config.kl > 0 or bool(advantages[p].any()))]
+    limit = config.max_grad_norm or math.inf
+    old: dict[int, torch.Tensor] = {}
+    for epoch in range(config.epochs):
+        for p in active:
+            logprobs = prompt_backward(
+                policy.model, torch.tensor(batch.prompts[p], device=advantages.device), sampled.tokens[p],
+                sampled.lengths[p], advantages[p], weights[p], config, old.get(p), reference)
+            policy.take_gradients()
+            if epoch == 0:
+                gap = max(gap, float((logprobs - sampled.logprobs[p][sampled.valid[p]]).abs().max()))
+                old |= {p: logprobs} if config.epochs > 1 else {}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(masters, limit)) if finite else math.nan)
+        if math.isfinite(norms[-1]):
+            optimizer.step()
+            policy.publish()
+        optimizer.zero_grad(set_to_none=False)
+    return {
+        "grad_norm": sum(norms) / len(norms),
+        "clipped": any(norm > limit for norm in norms),
+        "skipped": sum(not math.isfinite(norm) for norm in norms),
+        "logprob_gap": gap if active else None,
+    }
+
+
+def make_optimizer(policy: Policy, config: Config) -> Any:
+    """AdamW or plain SGD over the float32 masters, without weight decay: the start policy is not to be forgotten."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(policy.masters.values(), lr=config.lr)
+    return torch.optim.AdamW(policy.masters.values(), lr=config.lr, weight_decay=0.0)
+
+
+# -------------------------------------------- What a run leaves on disk ---------------------------------------------
+
+LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
+MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume", "cache")  # between a run and its resumption
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add one JSON line a row; JSON has no NaN, so a number that is not finite becomes null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lines = [json.dumps({key: plain(value) for key, value in row.items()}, ensure_ascii=False) for row in rows]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(line + "\n" for line in lines))
+
+
+def save_checkpoint(out: Path, policy: Policy, optimizer: Any, step: int, skipped: int) -> None:
+    """One safetensors file with masters, optimizer state and the logs' sizes; replaces the previous one atomically."""
+    folder = out / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    tensors = {f"weights.{name}": master.detach() for name, master in policy.masters.items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{key}": value for key, value in state.items() if value is not None}
+    sizes = {}
+    for name in LOGS:  # the logs reach the disk before the checkpoint that counts on them
+        with (out / name).open("ab") as file:
+            os.fsync(file.fileno())
+            sizes[name] = file.tell()
+    temporary = folder / "state.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"state": json.dumps({"step": step, "skipped": skipped, "logs": sizes})})
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(folder / "state.safetensors")
+
+
+def load_checkpoint(config: Config, policy: Policy, optimizer: Any) -> tuple[int, int]:
+    """Restore weights, optimizer and logs as they were; returns the next step and the updates skipped in a row.
+
+    Raises InputError, naming the file, where it is torn, belongs to another model, is beyond --steps, or counts on log
+    lines that are gone; then nothing has been changed on disk.
+    """
+    out = Path(config.out)
+    path = out / "checkpoint" / "state.safetensors"
+    try:
+        with safe_open(path, "pt", device=str(policy.model.device)) as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step, skipped, sizes = state["step"], state["skipped"], state["logs"]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"cannot read the checkpoint {path}: {error}") from error
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        _, i, key = name.split(".")
+        moments.setdefault(int(i), {})[key] = tensors.pop(name)
+    shapes = {f"weights.{name}": master.shape for name, master in policy.masters.items()}
+    if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
+        raise InputError(f"the checkpoint {path} belongs to another model")
+    if step > config.steps:
+        raise InputError(f"{out} has made {step} steps already, more than --steps {config.steps}")
+    short = [name for name in LOGS if not (out / name).is_file() or (out / name).stat().st_size < sizes[name]]
+    if short:
+        raise InputError(f"{out / short[0]} is shorter than when the checkpoint {path} was written")
+    for name, master in policy.masters.items():
+        master.data.copy_(tensors[f"weights.{name}"])
+    policy.publish()
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name in LOGS:
+        os.truncate(out / name, sizes[name])
+    return step, skipped
+
+
+def check_out(config: Config) -> None:
+    """Raises InputError where --out cannot take this run: a run without --resume, or --resume of another one."""
+    out = Path(config.out)
+    exists = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
+    if exists and not config.resume:
+        raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR to start a new one")
+    if config.resume:
+        try:
+            saved = json.loads((out / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"no run to resume in {out}: {error}") from error
+        now = asdict(config)
+        differ = [name for name in now if name not in MAY_CHANGE and saved.get(name) != now[name]]
+        if differ:
+            text = ", ".join(f"{name} was {saved.get(name)!r}, is {now[name]!r}" for name in differ)
+            raise InputError(f"{out} was run with other settings: {text}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise InputError(f"cannot write to {out}")
+
+
+def progress(steps: range, title: str) -> Any:
+    """The steps with a bar on a terminal, and without one elsewhere."""
+    return tqdm(steps, desc=title, disable=not sys.stderr.isatty(), initial=steps.start, total=steps.stop, leave=False)
+
+
+# ----------------------------------------------------- Training -----------------------------------------------------
+
+
+def prompt_rows(step: int, config: Config, problems: int) -> list[int]:
+    """The step's P rows: the problems in a seeded order, a new order each time they are used up."""
+    first = step * config.prompts
+    epochs = range(first // problems, (first + config.prompts - 1) // problems + 1)
+    orders = np.concatenate([stream(config.seed, ORDER, epoch).permutation(problems) for epoch in epochs])
+    offset = first - epochs.start * problems
+    return orders[offset : offset + config.prompts].tolist()
+
+
+def draw(config: Config, purpose: int, step: int, rows: Sequence[int], group: int) -> torch.Tensor:
+    """Uniforms [rows, group, T]: every row of every step has its own stream, whatever else is sampled beside it."""
+    shape = (group, config.max_new_tokens)
+    draws = [stream(config.seed, purpose, step, row).random(shape, np.float32) for row in rows]
+    return torch.from_numpy(np.stack(draws))
+
+
+def sample_batch(policy: Policy, step: int, problems: list[Problem], reward: Reward, config: Config) -> Batch:
+    """Roll out the step's prompts and turn the rewards into advantages."""
+    ids = prompt_rows(step, config, len(problems))
+    prompts = [problems[i].prompt for i in ids]
+    sampled = rollout(policy, prompts, draw(config, TRAIN, step, range(len(ids)), config.group), config.temperature)
+    rewards = score(completions(policy, sampled), [problems[i].answer for i in ids], reward)
+    return Batch(ids, prompts, sampled, rewards, group_advantages(rewards, config.norm))
+
+
+def describe(batch: Batch, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The batch's part of the step's log line, and the lines of its prompts."""
+    rewards, sampled, rates = batch.rewards, batch.sampled, pass_rates(batch.rewards)
+    std = rewards.std(dim=1, correction=0)  # [P]
+    # Advantages are the centred rewards times the scale, so the ratio of their spreads is the scale.
+    scale = batch.advantages.std(dim=1, correction=0) / torch.where(std > 0, std, 1.0)
+    line = {
+        "step": step,
+        "reward": rewards.mean().item(),
+        "pass_rate": rates.mean().item(),
+        "reward_std": std.mean().item(),
+        "frac_all_right": (rewards == 1).all(dim=1).double().mean().item(),
+        "frac_all_wrong": (rewards == 0).all(dim=1).double().mean().item(),
+        "entropy": sampled.entropy[sampled.valid].mean().item(),
+        "length": sampled.lengths.double().mean().item(),
+        "truncated": sampled.truncated.double().mean().item(),
+    }
+    columns = {"prompt": batch.ids, "pass_rate": rates.tolist(), "reward_std": std.tolist(), "scale": scale.tolist()}
+    return line, [{"step": step, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
+
+
+def evaluate(
+    policy: Policy, step: int, problems: list[Problem], reward: Reward, config: Config
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Pass rates of one sampled and of one greedy completion of every problem, and a few samples in full.
+
+    Every evaluation uses the same random numbers, so that what differs between two of them is the policy.
+    """
+    rates, samples, size = {}, [], config.prompts * config.group  # as many rows at once as in training
+    for key, temperature in (("eval_pass_rate", config.temperature), ("eval_greedy", 0.0)):
+        rewards = []
+        for start in range(0, len(problems), size):
+            part = problems[start : start + size]
+            uniforms = draw(config, EVALUATE, 0, range(start, start + len(part)), 1)
+            texts = completions(policy, rollout(policy, [problem.prompt for problem in part], uniforms, temperature))
+            rewards.append(score(texts, [problem.answer for problem in part], reward))
+            if start == 0 and temperature:
+                rows = list(zip(part, texts, rewards[0].tolist(), strict=True))[:4]
+                samples = [{"step": step, "question": problem.question, "completion": text[0], "answer": problem.answer,
+                            "reward": value[0]} for problem, text, value in rows]
+        rates[key] = pass_rates(torch.cat(rewards)).mean().item()
+    return rates, samples
+
+
+def report(config: Config, before: dict[str, Any], after: dict[str, Any], held_out: int) -> str:
+    """The table at the end of a run."""
+    lines = [f"\n{'':24}{'before':>8}{'after':>8}   ({held_out} held-out problems)"]
+    for key, title in (("eval_pass_rate", "sampled pass rate"), ("eval_greedy", "greedy accuracy")):
+        values = [row.get(key) for row in (before, after)]
+        lines.append(f"{title:24}" + "".join(f"{'-' if v is None or v != v else f'{v:.3f}':>8}" for v in values))
+    other = "none" if config.norm != "none" else "std"
+    return "\n".join([
+        *lines,
+        f"\nlogs    {config.out}/metrics.jsonl, prompts.jsonl, samples.jsonl",
+        f"model   {config.out}/model (AutoModelForCausalLM.from_pretrained loads it)",
+        f"next    the same command with --norm {other}: same prompts, same random numbers",
+    ])
+
+
+def train(config: Config, dataset: Dataset | None = None, reward: Reward | None = None) -> dict[str, Any]:
+    """Run a training from start policy to saved model; everything it leaves lies in config.out.
+
+    dataset: problems with columns question and answer (and solution, for a warm start) instead of the task's own;
+    reward(completion, answer) -> float instead of the task's. Returns the last evaluation. Raises InputError for what
+    cannot be used, before anything is written, and RunError for a run that cannot go on.
+    """
+    reward, out = reward or TASKS[config.task].reward, Path(config.out)
+    check_out(config)
+    splits = load_problems(config, dataset, reward)
+    policy = load_policy(config, splits[0])
+    problems, held_out = (encode_problems(rows, policy.model, policy.tokenizer, config) for rows in splits)
+    reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
+    optimizer = make_optimizer(policy, config)
+    start, skipped = load_checkpoint(config, policy, optimizer) if config.resume else (0, 0)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    size = sum(master.numel() for master in policy.masters.values())
+    print(f"{config.task}, {len(problems):,} problems · {config.model}, {size:,} parameters, {config.dtype} on "
+          f"{config.device} · norm {config.norm} · {config.prompts} prompts × {config.group} completions", flush=True)
+
+    bar = progress(range(start, config.steps), "training")
+    for step in bar:
+        if (step % config.save_every == 0 and step > start) or step == 0:
+            save_checkpoint(out, policy, optimizer, step, skipped)
+        evaluation: dict[str, Any] = {}
+        if step == 0 or (config.eval_every and step % config.eval_every == 0):
+            evaluation, samples = evaluate(policy, step, held_out, reward, config)
+            append(out / "samples.jsonl", samples)
+        began = time.perf_counter()
+        batch = sample_batch(policy, step, problems, reward, config)
+        sampled = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+        line, rows = describe(batch, step)
+        line |= update(policy, optimizer, batch, config, reference)
+        ended = time.perf_counter()
+        line |= {
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds_rollout": sampled - began,
+            "seconds_update": ended - sampled,
+            "tokens_per_second": float(batch.sampled.lengths.sum()) / (ended - began),
+            **evaluation,
+        }
+        append(out / "metrics.jsonl", [line])
+        append(out / "prompts.jsonl", rows)
+        show(bar, line, config)
+        skipped = skipped + 1 if line["skipped"] else 0
+        if skipped == 5:
+            raise RunError(f"no finite gradient in 5 steps in a row, up to step {step}; the last checkpoint is whole")
+    return finish(policy, optimizer, skipped, held_out, reward, config)
+
+
+def show(bar: Any, line: dict[str, Any], config: Config) -> None:
+    """The step on the progress bar, and where there is no terminal, or an evaluation, on a line of its own."""
+    text = f"reward {line['reward']:.3f}  σ {line['reward_std']:.3f}  length {line['length']:.1f}"
+    bar.set_postfix_str(text)
+    if "eval_pass_rate" in line or (bar.disable and line["step"] % 10 == 0):
+        text += "".join(f"  {key} {line[key]:.3f}" for key in ("eval_pass_rate", "eval_greedy") if key in line)
+        bar.write(f"step {line['step']:>5}/{config.steps}  {text}")
+    if line["truncated"] > 0.2 and line["step"] % 50 == 0:
+        bar.write(f"warning: {line['truncated']:.0%} of the completions were cut off: raise --max-new-tokens")
+    # Two forward passes of one distribution: what is more than rounding is a fault (mask, position, temperature).
+    tolerance = 1e-3 if config.dtype == "float32" else 0.5
+    if (line["logprob_gap"] or 0.0) > tolerance:
+        warnings.warn(f"rollout and training log-probabilities differ by over {tolerance}", stacklevel=2)
+
+
+def finish(
+    policy: Policy, optimizer: Any, skipped: int, problems: list[Problem], reward: Reward, config: Config
+) -> dict[str, Any]:
+    """Last checkpoint, last evaluation, saved model and the closing table; returns the evaluation."""
+    out = Path(config.out)
+    save_checkpoint(out, policy, optimizer, config.steps, skipped)
+    after, samples = evaluate(policy, config.steps, problems, reward, config)
+    append(out / "samples.jsonl", samples)
+    append(out / "metrics.jsonl", [{"step": config.steps, **after}])
+    policy.model.save_pretrained(out / "model")
+    policy.tokenizer.save_pretrained(out / "model")
+    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
+        before = json.loads(file.readline())
+    print(report(config, before, after, len(problems)))
+    return after
+
+
+class Parser(HfArgumentParser):
+    """Config's command line; a wrong flag or value is one line and exit status 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"grpo.py: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    about = (__doc__ or "").split("\n")[0]
+    parser = Parser(Config, prog="grpo.py", allow_abbrev=False, description=about)  # type: ignore[arg-type]
+    try:
+        train(Config(**vars(parser.parse_args(arguments))))
+    except InputError as error:
+        print(f"grpo.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RunError, OSError) as error:
+        print(f"grpo.py: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

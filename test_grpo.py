@@ -1,0 +1,905 @@
+"""Tests of grpo.py. `pytest` runs the quick ones, `GRPO_SLOW=1 pytest` all of them.
+
+Every expected value is worked out by hand, by another library, or by the naive computation that the code avoids.
+"""
+
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import grpo
+from grpo import Batch, Config, InputError, Policy, RunError
+
+DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
+slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
+
+# ------------------------------------------------- models and batches -------------------------------------------------
+
+
+def make_model(kind: str, vocabulary: int = 23, dtype: torch.dtype = torch.float32):
+    """A random transformer: absolute positions (gpt2), or rotary ones with shared key-value heads (llama)."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=64,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=0,
+            eos_token_id=1,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+        model = GPT2LMHeadModel(config)
+    else:
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # far from uniform: distributions with a shape, and a visible position
+        parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    return model.to(dtype).eval()
+
+
+def make_policy(model, eos_ids=(1,)) -> Policy:
+    masters = dict(model.named_parameters())
+    if model.dtype == torch.bfloat16:
+        masters = {name: p.detach().float() for name, p in masters.items()}
+    for master in masters.values():
+        master.grad = torch.zeros_like(master)
+    return Policy(model, grpo.tiny_model()[1], list(eos_ids), masters)
+
+
+PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
+
+
+def uniforms(P: int, G: int, T: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(P, G, T, generator=torch.Generator().manual_seed(seed))
+
+
+def make_batch(policy: Policy, G: int = 5, norm: str = "std", seed: int = 0) -> Batch:
+    sampled = grpo.rollout(policy, PROMPTS, uniforms(len(PROMPTS), G, 9, seed), 1.0)
+    rewards = (torch.rand(len(PROMPTS), G, generator=torch.Generator().manual_seed(seed)) < 0.5).double()
+    rewards[1] = 1.0  # one group without variance
+    return Batch(list(range(len(PROMPTS))), PROMPTS, sampled, rewards, grpo.group_advantages(rewards, norm))
+
+
+def naive_logprobs(model, prompt: list[int], tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """One full sequence, no cache, no batch, no padding: the log-probability of each completion token."""
+    ids = torch.tensor([prompt + tokens])
+    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
+    return torch.log_softmax(logits, -1)[range(len(tokens)), tokens]
+
+
+def naive_loss(model, batch: Batch, agg: str, temperature: float = 1.0, old=None, clip=0.2, kl=0.0, reference=None):
+    """The batch's loss written out, a completion at a time."""
+    P, G = batch.rewards.shape
+    total = int(batch.sampled.lengths.sum())
+    loss = torch.zeros((), dtype=model.dtype)
+    for p in range(P):
+        for g in range(G):
+            tokens = batch.sampled.tokens[p, g, : batch.sampled.lengths[p, g]].tolist()
+            logprobs = naive_logprobs(model, batch.prompts[p], tokens, temperature)
+            ratio = (logprobs - (logprobs.detach() if old is None else old[p, g])).exp()
+            advantage = batch.advantages[p, g].to(model.dtype)
+            terms = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+            if kl:
+                d = naive_logprobs(reference, batch.prompts[p], tokens, temperature).detach() - logprobs
+                terms = terms + kl * (d.exp() - d - 1)
+            share = {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(tokens)), "token": 1 / total}[agg]
+            loss = loss + share * terms.sum()
+    return loss
+
+
+def flat_gradient(parameters) -> torch.Tensor:
+    return torch.cat([p.grad.flatten().clone() for p in parameters])
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# ---------------------------------------------------- mathematics -----------------------------------------------------
+
+# Each function from its source alone, with only torch in sight: (name, arguments, value worked out by hand).
+# fmt: off
+BY_HAND = [
+    ("group_advantages", ([[1.0, 0.0, 0.0, 1.0]], "none"), [[0.5, -0.5, -0.5, 0.5]]),
+    ("group_advantages", ([[1.0, 0.0, 0.0, 0.0, 0.0]], "std", 0.0), [[2.0, -0.5, -0.5, -0.5, -0.5]]),
+    ("group_advantages", ([[1.0, 0.0, 0.0, 0.0, 0.0]], "var", 0.0), [[5.0, -1.25, -1.25, -1.25, -1.25]]),
+    # all rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1
+    ("group_advantages", ([[1.0, 0.0], [1.0, 1.0]], "batch", 0.0), [[2 / 3**0.5, -2 / 3**0.5], [0.0, 0.0]]),
+    ("group_advantages", ([[1.0, 0.0, 0.0, 1.0]], "std", 0.5), [[0.5, -0.5, -0.5, 0.5]]),
+    ("token_weights", ([[1, 3], [4, 2]], "sequence"), [[0.25, 0.25], [0.25, 0.25]]),
+    ("token_weights", ([[1, 3], [4, 2]], "mean"), [[1 / 4, 1 / 12], [1 / 16, 1 / 8]]),
+    ("token_weights", ([[1, 3], [4, 2]], "token"), [[0.1, 0.1], [0.1, 0.1]]),
+    # ratios 2 (A=1: clipped to 1.2), 2 (A=-1: not), 1/2 (A=1: not), 1/2 (A=-1: clipped to 0.8); weights 1, 1, 2, 1
+    ("policy_loss", ([math.log(2), math.log(2), -math.log(2), -math.log(2)], [0.0] * 4, [1.0, -1.0, 1.0, -1.0],
+                     [1.0, 1.0, 2.0, 1.0], 0.2), -(1.2 - 2.0 + 2 * 0.5 - 0.8)),
+    ("k3_divergence", ([0.0, math.log(2), -math.log(2)], [0.0] * 3), [0.0, 0.5 - 1 + math.log(2), 1 - math.log(2)]),
+    # logits log(1, 3) and log(1, 1): probabilities 3/4 and 1/2; at temperature 1/2 9/10 and 1/2
+    ("token_logprobs", ([[0.0, math.log(3)], [0.0, 0.0]], [1, 0], 1.0), [math.log(0.75), math.log(0.5)]),
+    ("token_logprobs", ([[0.0, math.log(3)], [0.0, 0.0]], [1, 0], 0.5), [math.log(0.9), math.log(0.5)]),
+    # probabilities 1/4, 3/4: 0.2 falls to the first, 0.3 to the second
+    ("sample_tokens", ([[0.0, math.log(3)]] * 2, [0.2, 0.3], 1.0),
+     ([0, 1], [math.log(0.25), math.log(0.75)], [math.log(4) - 0.75 * math.log(3)] * 2)),
+    ("sample_tokens", ([[0.0, math.log(3)]], [0.0], 0.0), ([1], [math.log(0.75)], [math.log(4) - 0.75 * math.log(3)])),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("name", "arguments", "expected"), BY_HAND)
+def test_each_function_alone_gives_the_value_worked_out_by_hand(name, arguments, expected):
+    namespace = {"torch": torch}
+    exec(inspect.getsource(getattr(grpo, name)), namespace)
+    tensors = [torch.tensor(a) if isinstance(a, list) else a for a in arguments]
+    found = namespace[name](*tensors)
+    for value, wanted in zip(
+        found if isinstance(found, tuple) else [found],
+        expected if isinstance(found, tuple) else [expected],
+        strict=True,
+    ):
+        torch.testing.assert_close(value, torch.tensor(wanted, dtype=value.dtype), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["none", "std", "var", "batch"])
+def test_a_group_of_equal_rewards_has_advantage_exactly_zero(norm):
+    rewards = torch.full((2, 12), 0.1)
+    rewards[1, 0] = 0.9
+    assert rewards[0].std(correction=0) != 0  # rounding: what a small epsilon would blow up
+    advantages = grpo.group_advantages(rewards, norm)
+    assert advantages[0].tolist() == [0.0] * 12 and advantages[1].abs().min() > 0
+
+
+def test_advantages_refuse_an_unknown_norm_and_a_flat_tensor():
+    with pytest.raises(ValueError, match="unknown norm 'mad'"):
+        grpo.group_advantages(torch.rand(2, 3), "mad")
+    with pytest.raises(ValueError, match=r"shape \(3,\)"):
+        grpo.group_advantages(torch.rand(3), "std")
+    with pytest.raises(ValueError, match="unknown agg 'max'"):
+        grpo.token_weights(torch.ones(1, 1), "max")
+
+
+def test_on_policy_gradient_is_reinforce():
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    grpo.policy_loss(
+        logprobs, logprobs.detach(), torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, 0.1]), 0.2
+    ).backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([-0.5, 1.0, -0.3]))
+
+
+def test_draws_at_the_ends_of_the_unit_interval_have_positive_probability():
+    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).repeat(2, 1)
+    tokens, logprobs, entropy = grpo.sample_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0)
+    assert tokens.tolist() == [1, 2]
+    torch.testing.assert_close(torch.stack([logprobs, entropy]), torch.tensor([[-math.log(2)] * 2, [math.log(2)] * 2]))
+
+
+# ------------------------------------------------------ rollout -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
+    model = make_model(kind)
+    ends = [1, 4, 9]  # several end tokens, so that rows end at different times
+    model.generation_config.eos_token_id = ends
+    model.generation_config.pad_token_id = 0
+    sampled = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, width:].tolist()
+    lengths = sampled.lengths[:, 0].tolist()
+    assert len(set(lengths)) > 1 and not all(sampled.truncated)
+    for p, length in enumerate(lengths):
+        assert sampled.tokens[p, 0, :length].tolist() == expected[p][:length]
+        assert (expected[p][length - 1] in ends) == (not sampled.truncated[p, 0])
+        assert not set(expected[p][length:]) - {0} and not set(expected[p][: length - 1]) & set(ends)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rollout_logprobs_and_entropy_are_those_of_the_naive_pass(temperature):
+    model = make_model("gpt2")
+    sampled = grpo.rollout(make_policy(model), PROMPTS, uniforms(4, 6, 10), temperature)
+    assert len(set(sampled.lengths.flatten().tolist())) > 2
+    for p, prompt in enumerate(PROMPTS):
+        for g in range(6):
+            tokens = sampled.tokens[p, g, : sampled.lengths[p, g]].tolist()
+            torch.testing.assert_close(
+                sampled.logprobs[p, g, : len(tokens)],
+                naive_logprobs(model, prompt, tokens, temperature),
+                rtol=0,
+                atol=1e-5,
+            )
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+            entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
+            torch.testing.assert_close(sampled.entropy[p, g, : len(tokens)], entropy, rtol=0, atol=1e-5)
+
+
+def test_sampled_frequencies_match_the_models_probabilities():
+    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation config says."""
+    model = make_model("gpt2", vocabulary=5)
+    model.generation_config.update(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
+    temperature, draws = 1.3, 20_000
+    sampled = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, draws, 2), temperature)
+    first = torch.softmax(model(torch.tensor([[2, 3]])).logits[0, -1] / temperature, -1).detach()
+    expected = {(4,): float(first[4])}
+    for a in range(4):
+        second = torch.softmax(model(torch.tensor([[2, 3, a]])).logits[0, -1] / temperature, -1).detach()
+        expected |= {(a, b): float(first[a] * second[b]) for b in range(5)}
+    rows = zip(sampled.tokens[0].tolist(), sampled.lengths[0].tolist(), strict=True)
+    counts: dict[tuple, int] = {}
+    for row, length in rows:
+        counts[tuple(row[:length])] = counts.get(tuple(row[:length]), 0) + 1
+    assert set(counts) <= set(expected) and math.isclose(sum(expected.values()), 1, rel_tol=1e-5)
+    likely = {key: p for key, p in expected.items() if p * draws >= 5}
+    chi_square = sum((counts.get(key, 0) - p * draws) ** 2 / (p * draws) for key, p in likely.items())
+    freedom = len(likely) - 1
+    assert freedom > 5
+    # Wilson and Hilferty: the 99.9% quantile of chi-square with so many degrees of freedom.
+    assert chi_square < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def test_a_completion_depends_on_its_own_random_numbers_alone():
+    policy, u = make_policy(make_model("gpt2")), uniforms(4, 3, 8)
+    together = grpo.rollout(policy, PROMPTS, u, 1.0)
+    for p, g in ((0, 0), (2, 1), (3, 2)):
+        alone = grpo.rollout(policy, [PROMPTS[p]], u[p : p + 1, g : g + 1], 1.0)
+        length = int(alone.lengths)
+        assert length == together.lengths[p, g]
+        assert alone.tokens[0, 0, :length].tolist() == together.tokens[p, g, :length].tolist()
+
+
+def test_random_streams_depend_on_seed_step_and_slot_alone():
+    config = Config(max_new_tokens=3)
+    both = grpo.draw(config, grpo.TRAIN, 5, [2, 7], 4)
+    assert both.shape == (2, 4, 3) and torch.equal(both[1:], grpo.draw(config, grpo.TRAIN, 5, [7], 4))
+    assert torch.equal(both[:, :2], grpo.draw(config, grpo.TRAIN, 5, [2, 7], 2))  # a larger group only adds draws
+    others = [
+        grpo.draw(config, grpo.TRAIN, 6, [2], 4),
+        grpo.draw(config, grpo.EVALUATE, 5, [2], 4),
+        grpo.draw(Config(max_new_tokens=3, seed=1), grpo.TRAIN, 5, [2], 4),
+    ]
+    assert all(not torch.equal(both[:1], other) for other in others)
+
+
+def test_prompts_come_in_seeded_epochs_without_repetition():
+    config = Config(prompts=4, seed=3)
+    rows = [row for step in range(5) for row in grpo.prompt_rows(step, config, 10)]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+    assert grpo.prompt_rows(1, Config(prompts=4, seed=3, norm="none"), 10) == rows[4:8]
+    assert len(grpo.prompt_rows(0, Config(prompts=7), 3)) == 7  # more prompts than problems
+
+
+# ------------------------------------------------------- update -------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-7)])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("agg", ["sequence", "mean", "token"])
+def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg, dtype, bound):
+    model = make_model(kind, dtype=dtype)
+    policy = make_policy(model)
+    batch = make_batch(policy)
+    naive_loss(model, batch, agg, temperature=0.8).backward()
+    expected = flat_gradient(model.parameters())
+    order = torch.tensor([3, 0, 4, 1, 2])
+    padded = torch.nn.functional.pad(batch.sampled.tokens, (0, 7), value=22)
+    for micro, rows, tokens in ((64, slice(None), batch.sampled.tokens), (2, slice(None), padded), (1, order, padded)):
+        model.zero_grad()
+        weights = grpo.token_weights(batch.sampled.lengths, agg).to(dtype)
+        for p, prompt in enumerate(batch.prompts):
+            logprobs = grpo.prompt_backward(
+                model,
+                torch.tensor(prompt),
+                tokens[p][rows],
+                batch.sampled.lengths[p][rows],
+                batch.advantages[p][rows].to(dtype),
+                weights[p][rows],
+                Config(micro_batch=micro, temperature=0.8),
+            )
+            first = tokens[p][rows][0, : batch.sampled.lengths[p][rows][0]].tolist()
+            naive = naive_logprobs(model, prompt, first, 0.8).detach()
+            torch.testing.assert_close(
+                logprobs[: len(first)], naive, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-9
+            )
+        assert relative_error(flat_gradient(model.parameters()), expected) < bound
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_three_epochs_equal_the_clipped_loss_written_out(kl):
+    """SGD steps on the naive clipped loss, importance ratios against the first epoch, KL against the start policy."""
+    policy, naive, reference = (make_policy(make_model("gpt2")), make_model("gpt2"), make_model("gpt2"))
+    batch = make_batch(policy)
+    config = Config(epochs=3, kl=kl, clip=0.05, lr=0.05, optimizer="sgd", max_grad_norm=0)
+    result = grpo.update(policy, grpo.make_optimizer(policy, config), batch, config, reference if kl else None)
+    lengths = batch.sampled.lengths
+    old = {
+        (p, g): naive_logprobs(naive, PROMPTS[p], batch.sampled.tokens[p, g, : lengths[p, g]].tolist()).detach()
+        for p in range(4)
+        for g in range(5)
+    }
+    start, norms = torch.cat([p.detach().flatten() for p in naive.parameters()]), []
+    for _ in range(3):
+        naive.zero_grad()
+        naive_loss(naive, batch, "sequence", old=old, clip=0.05, kl=kl, reference=reference).backward()
+        norms.append(float(flat_gradient(naive.parameters()).norm()))
+        with torch.no_grad():
+            for p in naive.parameters():
+                p -= 0.05 * p.grad
+    moved = torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - start
+    expected = torch.cat([p.detach().flatten() for p in naive.parameters()]) - start
+    assert relative_error(moved, expected) < 1e-4
+    assert result["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and result["skipped"] == 0
+    assert result["logprob_gap"] < 1e-5
+
+
+def test_clipping_scales_the_step_to_the_limit_and_says_so():
+    policy = make_policy(make_model("gpt2"))
+    before = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
+    config = Config(lr=1.0, optimizer="sgd", max_grad_norm=1e-3)
+    result = grpo.update(policy, grpo.make_optimizer(policy, config), make_batch(policy), config)
+    step = torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - before
+    assert result["clipped"] and result["grad_norm"] > 1e-3
+    assert float(step.norm()) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_bfloat16_weights_follow_float32_masters():
+    policy = make_policy(make_model("gpt2", dtype=torch.bfloat16))
+    start = {name: master.clone() for name, master in policy.masters.items()}
+    batch, config = make_batch(policy), Config(lr=1e-4, optimizer="sgd", max_grad_norm=0)
+    total = {name: torch.zeros_like(master) for name, master in start.items()}
+    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
+    for p in range(4):  # each prompt's gradient alone, summed in float32
+        policy.model.zero_grad()
+        grpo.prompt_backward(
+            policy.model,
+            torch.tensor(PROMPTS[p]),
+            batch.sampled.tokens[p],
+            batch.sampled.lengths[p],
+            batch.advantages[p].float(),
+            weights[p],
+            config,
+        )
+        for name, parameter in policy.model.named_parameters():
+            total[name] += parameter.grad.float()
+    policy.model.zero_grad()
+    grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)
+    for name, parameter in policy.model.named_parameters():
+        torch.testing.assert_close(policy.masters[name], start[name] - 1e-4 * total[name], rtol=1e-6, atol=1e-7)
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, policy.masters[name].bfloat16())
+    moved = [not torch.equal(start[name], master) for name, master in policy.masters.items()]
+    assert all(moved)  # steps far below bfloat16's resolution are not lost
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    policy = make_policy(make_model("gpt2"))
+    batch, config = make_batch(policy), Config(optimizer="sgd", lr=1.0)
+    before = {name: master.detach().clone() for name, master in policy.masters.items()}
+    batch.advantages[0, 0] = math.nan
+    assert grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)["skipped"] == 1
+    assert all(torch.equal(before[name], master) for name, master in policy.masters.items())
+    assert all(not master.grad.any() for master in policy.masters.values())
+
+
+# -------------------------------------------------- tasks and rewards -------------------------------------------------
+
+# fmt: off
+GRADES = [  # completion, gold answer, reward
+    ("so\n#### 18", "18", 1), ("#### 18.", "18", 1), ("#### 18.0", "18", 1), ("#### 018", "18", 1), ("####18", "18", 1),
+    ("#### -7", "7", 0), ("#### -7", "-7", 1), ("#### −7", "-7", 1), ("#### - 7", "-7", 1), ("#### +7", "7", 1),
+    ("#### $1,200", "1200", 1), ("#### $1,200", "200", 0), ("#### 1,200.50", "1200.5", 1), ("#### -$7", "-7", 1),
+    ("#### $-7", "-7", 1), ("#### €5", "5", 1), ("#### 1200", "1,200", 1), ("#### 1", "1,200", 0),
+    ("#### 1,2", "12", 0),
+    ("#### 50%", "50", 1), ("#### 50\\%", "50", 1), ("#### 18 dollars", "18", 1), ("#### 5 km/hour", "5", 1),
+    ("#### 5 m", "5", 1), ("#### The answer is 18", "18", 1), ("#### **18**", "18", 1), ("#### x = 5", "5", 1),
+    ("#### 10 + 8 = 18", "18", 1), ("#### 17 or 18", "18", 0), ("#### 5x", "5", 0), ("#### 10-3", "3", 0),
+    ("#### .5", "1/2", 1), ("#### 3/4", "0.75", 1), ("#### 3/0", "3", 0), ("#### 7 apples", "8", 0), ("#### ", "18", 0),
+    ("#### 3\nno:\n#### 4", "4", 1), ("#### 3\nno:\n#### 4", "3", 0), ("\\boxed{3} #### 4", "4", 1),
+    ("#### 4 or \\boxed{3}", "3", 1), ("12 #### 4 and then 9", "9", 0), ("I think 12, no, 18.", "18", 1),
+    ("I think 12, no, 18.", "12", 0), ("It costs $1,200.", "1200", 1), ("nothing", "18", 0), ("", "18", 0),
+    ("180", "18", 0),
+    ("\\boxed{\\frac{1}{2}}", "0.5", 1), ("\\boxed{\\dfrac12}", "\\frac{1}{2}", 1), ("\\boxed{2\\pi}", "2", 0),
+    ("\\boxed{\\sqrt{2}}", "2", 0), ("\\boxed{\\sqrt{8}}", "2\\sqrt{2}", 1),
+    ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", 1),
+    ("\\boxed{Evelyn}", "\\text{Evelyn}", 1), ("\\boxed{Bob}", "\\text{Evelyn}", 0), ("\\boxed{90^\\circ}", "90", 1),
+    ("\\boxed{5\\text{ cm}}", "5", 1), ("\\boxed{10,\\!000}", "10000", 1), ("\\boxed{\\$7.50}", "7.5", 1),
+    ("\\boxed{(3,\\frac{\\pi}{2})}", "\\left( 3, \\frac{\\pi}{2} \\right)", 1), ("\\boxed{x \\in [-2,7]}", "[-2,7]", 1),
+    ("\\boxed{(7,-2)}", "(-2,7)", 0), ("\\boxed{18", "18", 0), ("\\boxed{17} \\boxed{18", "17", 0),
+    ("\\boxed 5", "5", 1),
+    ("\\boxed{}", "0", 0), ("\\boxed{x+1}", "1+x", 1), ("\\boxed{5(3)}", "53", 0), ("\\boxed{2^{10}}", "1024", 1),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("completion", "answer", "reward"), GRADES)
+def test_grade(completion, answer, reward):
+    assert grpo.grade(completion, answer) == reward
+
+
+# fmt: off
+HOSTILE = [
+    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200, "{" * 200,
+    "x" * 250, "9" * 10**6,
+    "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6, "a" * 10**6, "-" * 10**6, " " * 10**6,
+    "\\text{" * 10**5, "^" * 10**5,
+    "\\sqrt{" * 60 + "2" + "}" * 60, "\\int_0^1 x^{x^x}", "\\sum_{n=1}^{9999} \\frac{1}{n^9}", "\\frac{1}{0}",
+    "٣", "\0", "$" * 999,
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_completions_get_no_reward_in_bounded_time(text):
+    began = time.perf_counter()
+    assert [grpo.grade(mark % text, "\\frac{3}{4}") for mark in ("%s",)] == [0.0]
+    assert grpo.grade(f"\\boxed{{{text}}}", "\\frac{3}{4}") == 0.0
+    assert time.perf_counter() - began < 6  # of two
+
+
+def test_numbers_are_exact():
+    assert grpo.parse_number("0.1") == Fraction(1, 10) and grpo.parse_number("-1,234.50 dollars") == Fraction(-2469, 2)
+
+
+def test_arith_problems_are_right_and_the_held_out_ones_unseen():
+    train, test = grpo.make_arith(100, size=3000)
+    for row in [*train.select(range(300)), *test]:
+        a, b = map(int, row["question"].rstrip("=").split("+"))
+        assert row["answer"] == f"{a + b:04}"[::-1] and re.fullmatch(r"\d{3}\+\d{3}=", row["question"])
+    assert not set(train["question"]) & set(test["question"]) and len(set(train["question"])) == 3000
+    carries = [
+        sum((a % 10**i + b % 10**i) >= 10**i for i in (1, 2, 3))
+        for a, b in (map(int, question.rstrip("=").split("+")) for question in train["question"])
+    ]
+    right = [answer == solution for answer, solution in zip(train["answer"], train["solution"], strict=True)]
+    share = [np.mean([r for r, c in zip(right, carries, strict=True) if c == k]) for k in range(3)]
+    assert share[0] == 1 and abs(share[1] - 1 / 2) < 0.06 and abs(share[2] - 1 / 4) < 0.09
+
+
+def columns(rows: list[dict], graded: bool = True) -> list[dict]:
+    return list(grpo.standard_columns(Dataset.from_list(rows), "file", graded))
+
+
+def test_columns_are_found_by_name():
+    gsm = {"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 4"}
+    assert columns([gsm]) == [{"question": "q", "answer": "4", "solution": "2+2=4\n#### 4"}]
+    assert columns([{"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."}]) == [
+        {"question": "q", "answer": "\\frac{1}{2}", "solution": "so \\boxed{\\frac{1}{2}}."}
+    ]
+    assert columns([{"problem": "q", "answer": 7}]) == [{"question": "q", "answer": "7", "solution": ""}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "q", "answer": "1"}], "no column question/problem"),
+        ([{"question": "q", "reply": "1"}], "no column question/problem or answer/solution in question, reply"),
+        ([{"question": "q", "answer": "1"}, {"question": "q", "answer": ""}], "row 2: answer '' cannot be graded"),
+        ([{"question": "q", "answer": "\\frac{1}{2"}], "row 1: answer .* cannot be graded"),
+        ([{"question": "q", "solution": "no mark"}], "row 1: answer 'no mark' cannot be graded"),
+        ([{"question": " ", "answer": "1"}], "row 1: no question"),
+    ],
+)
+def test_unusable_rows_are_named(rows, message):
+    with pytest.raises(InputError, match=message):
+        columns(rows)
+
+
+def test_an_empty_data_set_is_an_error():
+    with pytest.raises(InputError, match="no rows"):
+        grpo.standard_columns(Dataset.from_dict({"question": [], "answer": []}), "file", True)
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("file", "task", "rows", "first"),
+    [
+        ("gsm8k_test.jsonl", "gsm8k", 1319, "18"),
+        ("svamp.jsonl", "gsm8k", 1000, None),
+        ("math500.jsonl", "math", 500, None),
+    ],
+)
+def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task, rows, first, tmp_path):
+    config = Config(task=task, data=str(DATA / file), eval_problems=100)
+    train, test = grpo.load_problems(config, None, grpo.grade)
+    assert (len(train), len(test)) == (rows - 100, 100) and not set(train["question"]) & set(test["question"])
+    raw = [json.loads(line) for line in (DATA / file).open()]
+    golds = {row.get("question", row.get("problem")): row["answer"].split("####")[-1].strip() for row in raw}
+    for row in [*train, *test]:
+        assert row["answer"] == golds[row["question"]]
+        assert grpo.grade(f"so \\boxed{{{row['answer']}}}.", row["answer"]) == 1
+    assert first is None or golds[raw[0]["question"]] == first
+
+
+# -------------------------------------------------------- runs --------------------------------------------------------
+
+
+def even(completion: str, answer: str) -> float:
+    """A reward that a policy without any training earns now and then."""
+    return float(completion[:1] in set("02468 acegikmoqsuwy" + answer))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def problems():
+    return grpo.make_arith(1, size=300)[0]
+
+
+@pytest.fixture
+def train(problems):
+    """grpo.train on a few problems, with a reward that needs no skill."""
+    return partial(grpo.train, dataset=problems, reward=even)
+
+
+@pytest.fixture
+def settings(tmp_path, cache):
+    """A small run: 60 warm-start steps, 10 updates of 3 prompts with 5 completions."""
+    return dict(
+        sft_steps=60,
+        cache=cache,
+        steps=10,
+        prompts=3,
+        group=5,
+        eval_every=4,
+        eval_problems=20,
+        save_every=4,
+        out=str(tmp_path / "run"),
+        lr=1e-3,
+        micro_batch=3,
+    )
+
+
+TIMINGS = ("seconds_rollout", "seconds_update", "tokens_per_second")
+
+
+def read(out, name: str = "metrics.jsonl") -> list[dict]:
+    rows = [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def test_what_a_run_leaves(train, settings, capsys):
+    final = train(Config(**settings))
+    out = Path(settings["out"])
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "prompts.jsonl",
+        "samples.jsonl",
+        "checkpoint",
+        "model",
+    }
+    metrics, prompts = read(out), read(out, "prompts.jsonl")
+    assert [row["step"] for row in metrics] == list(range(11))
+    assert set(metrics[1]) == {
+        "step",
+        "reward",
+        "pass_rate",
+        "reward_std",
+        "frac_all_right",
+        "frac_all_wrong",
+        "grad_norm",
+        "clipped",
+        "skipped",
+        "entropy",
+        "length",
+        "truncated",
+        "logprob_gap",
+        "lr",
+    }
+    assert [row["step"] for row in metrics if "eval_pass_rate" in row] == [0, 4, 8, 10]
+    assert metrics[10] == {"step": 10, **final} and metrics[3]["lr"] == pytest.approx(4e-4)
+    assert len(prompts) == 30
+    for step in range(10):
+        mine = [row for row in prompts if row["step"] == step]
+        assert metrics[step]["pass_rate"] == pytest.approx(np.mean([row["pass_rate"] for row in mine]))
+        assert metrics[step]["reward_std"] == pytest.approx(np.mean([row["reward_std"] for row in mine]))
+        for row in mine:
+            assert row["reward_std"] == pytest.approx((row["pass_rate"] * (1 - row["pass_rate"])) ** 0.5)
+            assert row["scale"] == pytest.approx(1 / (row["reward_std"] + 1e-6) if row["reward_std"] else 0.0)
+    samples = read(out, "samples.jsonl")
+    assert len(samples) == 16 and set(samples[0]) == {"step", "question", "completion", "answer", "reward"}
+    assert all(row["reward"] == even(row["completion"], row["answer"]) for row in samples)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    saved = load_file(out / "checkpoint" / "state.safetensors")
+    assert all(torch.equal(p, saved[f"weights.{name}"]) for name, p in model.named_parameters())
+    assert tokenizer.decode(tokenizer("047+085=")["input_ids"]) == "047+085="
+    assert f"{final['eval_pass_rate']:.3f}" in capsys.readouterr().out
+
+
+def test_two_norms_see_the_same_prompts_and_the_same_first_rollouts(train, settings, problems):
+    runs = {}
+    for norm in ("none", "std"):
+        train(Config(**settings | dict(norm=norm, out=settings["out"] + norm)))
+        config = Config(**settings | dict(norm=norm))
+        policy = grpo.load_policy(config, problems)
+        encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)
+        runs[norm] = grpo.sample_batch(policy, 0, encoded, even, config)
+    none, std = runs["none"], runs["std"]
+    assert none.ids == std.ids and torch.equal(none.sampled.tokens, std.sampled.tokens)
+    assert torch.equal(none.sampled.logprobs, std.sampled.logprobs) and not torch.equal(none.advantages, std.advantages)
+    logs = [[(row["step"], row["prompt"]) for row in read(settings["out"] + norm, "prompts.jsonl")] for norm in runs]
+    assert logs[0] == logs[1]
+    assert read(settings["out"] + "none")[0]["reward"] == read(settings["out"] + "std")[0]["reward"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_killed_run_resumes_to_the_bit(train, settings, optimizer):
+    settings["optimizer"] = optimizer
+    train(Config(**settings | dict(out=settings["out"] + "-whole")))
+    calls = SimpleNamespace(left=6 * 15 + 60)  # six steps and the two evaluations on their way, sampled and greedy
+
+    def dying(completion, answer):
+        calls.left -= 1
+        if calls.left < 0:
+            raise KeyboardInterrupt
+        return even(completion, answer)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Config(**settings), reward=dying)
+    assert 4 <= len(read(settings["out"])) < 10
+    with (Path(settings["out"]) / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # killed while writing
+    train(Config(**settings | dict(resume=True, eval_every=4)))
+    for name in grpo.LOGS:
+        assert read(settings["out"], name) == read(settings["out"] + "-whole", name)
+    resumed, whole = (
+        load_file(Path(out) / "checkpoint" / "state.safetensors")
+        for out in (settings["out"], settings["out"] + "-whole")
+    )
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_a_finished_run_goes_on_with_more_steps(train, settings):
+    train(Config(**settings | dict(out=settings["out"] + "-whole")))
+    train(Config(**settings | dict(steps=5)))
+    train(Config(**settings | dict(resume=True)))
+    assert read(settings["out"]) == read(settings["out"] + "-whole")
+    with pytest.raises(InputError, match="has made 10 steps already, more than --steps 5"):
+        train(Config(**settings | dict(resume=True, steps=5)))
+
+
+def test_runs_are_not_mixed_up(train, settings):
+    settings["steps"] = 2
+    train(Config(**settings))
+    before = {path: path.read_bytes() for path in Path(settings["out"]).rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"holds a run: add --resume to continue it, or --out OTHER_DIR"):
+        train(Config(**settings))
+    with pytest.raises(InputError, match=r"other settings: norm was 'std', is 'none', lr was 0.001, is 0.002"):
+        train(Config(**settings | dict(resume=True, norm="none", lr=2e-3)))
+    assert before == {path: path.read_bytes() for path in Path(settings["out"]).rglob("*") if path.is_file()}
+
+
+def test_torn_foreign_and_missing_checkpoints_are_named(train, settings):
+    settings["steps"] = 2
+    train(Config(**settings))
+    path = Path(settings["out"]) / "checkpoint" / "state.safetensors"
+    resume, whole = Config(**settings | dict(resume=True)), path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=f"cannot read the checkpoint {path}"):
+        train(resume)
+    save_file({"weights.a": torch.zeros(3)}, path, metadata={"state": '{"step": 1, "skipped": 0, "logs": {}}'})
+    with pytest.raises(InputError, match=f"the checkpoint {path} belongs to another model"):
+        train(resume)
+    path.write_bytes(whole)
+    log = Path(settings["out"]) / "prompts.jsonl"
+    log.write_text(log.read_text()[:50])
+    with pytest.raises(InputError, match="prompts.jsonl is shorter than when the checkpoint"):
+        train(resume)
+    path.unlink()
+    with pytest.raises(InputError, match=f"cannot read the checkpoint {path}"):
+        train(resume)
+
+
+def test_five_gradients_in_a_row_that_are_not_finite_end_the_run(train, settings, monkeypatch):
+    whole = grpo.prompt_backward
+    count = SimpleNamespace(calls=0)
+
+    def spoiled(model, *arguments, **named):
+        count.calls += 1
+        found = whole(model, *arguments, **named)
+        if count.calls > 6:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(grpo, "prompt_backward", spoiled)
+    with pytest.raises(RunError, match="no finite gradient in 5 steps in a row"):
+        train(Config(**settings | dict(steps=30)))
+    metrics = read(settings["out"])
+    assert [row["skipped"] for row in metrics[-6:]] == [0, 1, 1, 1, 1, 1] and metrics[-1]["grad_norm"] is None
+    saved = load_file(Path(settings["out"]) / "checkpoint" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_reward_that_fails_names_the_completion(train, settings):
+    def broken(completion, answer):
+        return 1 / 0
+
+    for reward, message in (
+        (broken, "division by zero"),
+        (lambda *_: math.nan, "the reward is nan"),
+        (lambda *_: None, "failed"),
+    ):
+        with pytest.raises(RunError, match=f"{message}.*completion '.*', answer '[0-9]{{4}}'"):
+            train(Config(**settings | dict(out=settings["out"] + message)), reward=reward)
+
+
+def test_rewards_outside_zero_and_one_have_no_pass_rate(train, settings):
+    train(Config(**settings | dict(steps=1)), reward=lambda completion, answer: 3 * even(completion, answer) - 1)
+    line, final = read(settings["out"])
+    assert line["pass_rate"] is None and line["eval_pass_rate"] is None and final["eval_greedy"] is None
+    assert -1 <= line["reward"] <= 2
+    rates = grpo.pass_rates(torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0], [0.0, 2.0, 1.0]]))
+    assert rates[:2].tolist() == [pytest.approx(1 / 3), 1.0] and rates[2].isnan()
+
+
+def test_the_warm_start_learns_and_is_made_once_for_all_seeds(tmp_path):
+    rows = [{"question": f"{a}{b}", "answer": str(b), "solution": str(b)} for a in range(10) for b in range(10)]
+    problems = Dataset.from_list(rows)
+    settings = dict(sft_steps=150, sft_lr=6e-3, cache=str(tmp_path))
+    made = grpo.warm_start(Config(**settings), problems)
+    stamp = (made / "model.safetensors").stat().st_mtime_ns
+    assert grpo.warm_start(Config(**settings, seed=5, norm="none", steps=1), problems) == made
+    assert (made / "model.safetensors").stat().st_mtime_ns == stamp and len(list(tmp_path.iterdir())) == 1
+    others = [
+        grpo.warm_start(Config(**settings | dict(sft_steps=1)), problems),
+        grpo.warm_start(Config(**settings | dict(sft_steps=1)), problems.select(range(50))),
+    ]
+    assert len({made, *others}) == 3
+    policy = grpo.load_policy(Config(**settings), problems)
+    prompts = [problem.prompt for problem in grpo.encode_problems(problems, policy.model, policy.tokenizer, Config())]
+    texts = grpo.completions(policy, grpo.rollout(policy, prompts, uniforms(100, 1, 4), 0.0))
+    assert [text for (text,) in texts] == [row["answer"] for row in rows]
+
+
+def test_kl_keeps_the_policy_near_its_start(train, settings):
+    """The KL term's gradient is zero at the start policy; a large weight holds later steps back."""
+    moved = {}
+    for kl in (0.0, 100.0):
+        out = f"{settings['out']}{kl}"
+        train(Config(**settings | dict(kl=kl, out=out, optimizer="sgd", lr=0.02)))
+        start = load_file(next(Path(settings["cache"]).iterdir()) / "model.safetensors")
+        end = load_file(Path(out) / "model" / "model.safetensors")
+        moved[kl] = math.sqrt(sum(float((end[key] - start[key]).square().sum()) for key in end))
+    assert read(f"{settings['out']}100.0")[0]["grad_norm"] == pytest.approx(
+        read(f"{settings['out']}0.0")[0]["grad_norm"], rel=1e-4
+    )
+    assert 0 < moved[100.0] < moved[0.0]
+
+
+# ----------------------------------------------- command line and bad input -------------------------------------------
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    """Exit status and standard error of the command line."""
+    try:
+        status = grpo.main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    return status
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nrom", "std"], "unrecognized arguments: --nrom std"),
+        (["--norm", "sd"], "invalid choice: 'sd'"),
+        (["--group", "1"], "group is 1, below 2"),
+        (["--group", "x"], "invalid int value: 'x'"),
+        (["--lr", "nan"], "lr is nan"),
+        (["--lr", "-1"], "lr is -1.0, below 0"),
+        (["--temperature", "0"], "temperature is 0"),
+        (["--prompts", "0"], "prompts is 0"),
+        (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
+        (["--instruction", "hi"], "has no {question}"),
+        (["--model", "nowhere/at-all", "--max-new-tokens", "5"], "--model DIR --data FILE.jsonl"),
+        (["--resume"], "no run to resume in"),
+        (["--task", "gsm8k"], "cannot load openai/gsm8k"),
+        (["--max-new-tokens", "500"], "has 8 tokens, with 500 new ones"),
+        (["--out", "/dev/null/run"], "cannot write to /dev/null/run"),
+        (["--device", "tpu9"], "device"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys, cache):
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # without a network, at once
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    assert command("--sft-steps", "1" if "--model" not in arguments else "0", "--cache", cache, *arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("grpo.py: error: ") and message in error
+    assert not list(tmp_path.rglob("*.*")) and not list(tmp_path.rglob("model"))
+
+
+def test_data_files_that_cannot_be_used(tmp_path, capsys):
+    file = tmp_path / "data.jsonl"
+    for content, message in (
+        ("", "cannot load"),
+        ("{bad", "cannot load"),
+        ('{"q": 1}\n', "no column question/problem"),
+        ('{"question": "1+1=", "answer": "#### "}\n', "row 1: answer '####' cannot be graded"),
+    ):
+        file.write_text(content)
+        arguments = ["--task", "gsm8k", "--data", str(file), "--out", str(tmp_path / "run")]
+        assert command(*arguments) == 2 and not (tmp_path / "run" / "config.json").exists()
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("grpo.py: error: ") and message in error and str(file) in error
+
+
+def test_help_shows_every_setting_and_its_default(capsys):
+    assert command("--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for field in fields(Config):
+        assert f"--{field.name.replace('_', '-')}" in shown and field.metadata["help"] in shown
+        assert f"(default: {field.default})" in shown
+    assert "--no-chat" in shown
+
+
+def test_every_setting_is_checked_when_made_in_python():
+    with pytest.raises(InputError, match="norm is 'mad', not one of none, std, var, batch"):
+        Config(norm="mad")
+
+
+def test_functions_are_short_and_the_file_has_no_state():
+    source = Path(grpo.__file__).read_text()
+    for name, function in inspect.getmembers(grpo, inspect.isfunction):
+        if function.__module__ == "grpo":
+            assert len(inspect.getsourcelines(function)[0]) <= 60, name
+    assert not re.search(r"^\s*global ", source, re.M) and ".cuda()" not in source
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda_rollout_and_training_agree(train, settings):
+    train(Config(**settings | dict(device="cuda", dtype="float32")))
+    assert max(row["logprob_gap"] or 0.0 for row in read(settings["out"])[:-1]) < 1e-3
+
+
+# ------------------------------------------------------ the claim -----------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize("norm", ["none", "std"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_default_run_learns(norm, seed, tmp_path):
+    """The README's first command, both norms, five seeds: at least 0.25 gained and over 0.9 in the end."""
+    out = tmp_path / "run"
+    arguments = ["--norm", norm, "--seed", str(seed), "--out", str(out)]
+    began = time.perf_counter()
+    subprocess.run([sys.executable, grpo.__file__, *arguments], check=True, timeout=600)
+    metrics = read(out)
+    assert metrics[-1]["eval_pass_rate"] > max(0.9, metrics[0]["eval_pass_rate"] + 0.25)
+    assert time.perf_counter() - began < 180
