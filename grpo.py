@@ -50,6 +50,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -582,20 +583,23 @@ def supervised(model: Any, tokenizer: Any, rows: Dataset, config: Config) -> Non
             queue += rng.permutation(len(problems)).tolist()
         chosen, queue = queue[: config.sft_batch], queue[config.sft_batch :]
         pairs = [(problems[i].prompt, [*solutions[i], tokenizer.eos_token_id]) for i in chosen]
-        ids = [torch.tensor(prompt + solution) for prompt, solution in pairs]
-        labels = [torch.tensor([-100] * len(prompt) + solution) for prompt, solution in pairs]  # -100: not predicted
-        batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)[:, : context_length(model)].to(model.device)
-        wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)[:, : batch.shape[1]]
-        loss = model(batch, labels=wanted.to(model.device), use_cache=False).loss
-        loss.backward()
+        total, loss = sum(len(solution) for _, solution in pairs), 0.0
+        for part in (pairs[i : i + config.micro_batch] for i in range(0, len(pairs), config.micro_batch)):
+            ids = [torch.tensor(prompt + solution)[: context_length(model)] for prompt, solution in part]
+            labels = [torch.tensor([-100] * len(prompt) + solution) for prompt, solution in part]  # -100: not predicted
+            batch = pad_sequence(ids, batch_first=True).to(model.device)
+            wanted = pad_sequence(labels, batch_first=True, padding_value=-100)[:, : batch.shape[1]].to(model.device)
+            share = model(batch, labels=wanted, use_cache=False, num_items_in_batch=total).loss
+            share.backward()
+            loss += share.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = config.sft_lr * min((step + 1) / warm, 1 - step / config.sft_steps)
         optimizer.step()
         optimizer.zero_grad()
         if step % max(1, config.sft_steps // 10) == 0:
-            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            bar.set_postfix_str(f"loss {loss:.3f}")
             if bar.disable:
-                bar.write(f"warm start {step:>5}/{config.sft_steps}  loss {loss.item():.3f}")
+                bar.write(f"warm start {step:>5}/{config.sft_steps}  loss {loss:.3f}")
 
 
 def context_length(model: Any) -> int:

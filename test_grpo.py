@@ -784,6 +784,23 @@ def test_the_warm_start_learns_and_is_made_once_for_all_seeds(tmp_path):
     assert [text for (text,) in texts] == [row["answer"] for row in rows]
 
 
+def test_a_warm_start_step_is_cross_entropy_over_the_solutions_tokens(tmp_path, monkeypatch):
+    """The first step's gradient, whatever the micro-batch, against the naive sequences' mean over solution tokens."""
+    rows = [{"question": "ab"[: 1 + i % 2], "answer": "", "solution": "x" * (1 + i)} for i in range(5)]
+    problems, found = Dataset.from_list(rows), []
+    seen = lambda parameters, _: found.append(flat_gradient(parameters))  # noqa: E731
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
+    for micro in (64, 2):
+        model, tokenizer = grpo.tiny_model()
+        grpo.supervised(model, tokenizer, problems, Config(sft_steps=1, sft_batch=5, micro_batch=micro))
+    model, tokenizer = grpo.tiny_model()
+    encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
+    losses = [-naive_logprobs(model, encode(r["question"]), [*encode(r["solution"]), 0]) for r in rows]
+    torch.cat(losses).mean().backward()
+    assert len(found) == 2
+    assert all(relative_error(gradient, flat_gradient(model.parameters())) < 1e-5 for gradient in found)
+
+
 def test_kl_keeps_the_policy_near_its_start(train, settings):
     """The KL term's gradient is zero at the start policy; a large weight holds later steps back."""
     moved = {}
