@@ -38,7 +38,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -116,6 +117,11 @@ class Config:
     sft_steps: int = setting(0, "supervised warm start on worked solutions; 0: 2000 for tiny, none else")
     sft_batch: int = setting(0, "solutions a warm-start step; 0: 64 for tiny, 16 else")
     sft_lr: float = setting(0.0, "peak rate of the warm start; 0: 6e-3 for tiny, 5e-5 else")
+    geometry_every: int = setting(-1, "steps between measurements of prompt gradients; 0: never; "
+                                      "-1: 1 up to a million parameters, else 25")
+    probe_every: int = setting(-1, "steps between measurements of curvature; 0: never; "
+                                   "-1: 10 up to a million parameters, else 25")
+    sketch: int = setting(65536, "numbers kept of a gradient of over a million parameters (random projection)")
     eval_every: int = setting(50, "steps between evaluations on held-out problems; 0: start and end alone")
     eval_problems: int = setting(512, "held-out problems (of one --data file at most a third)")
     save_every: int = setting(50, "steps between checkpoints")
@@ -130,12 +136,10 @@ class Config:
                 raise InputError(f"{field.name} is {value!r}, not one of {', '.join(allowed)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{field.name} is {value}, not a finite number")
-            if isinstance(value, (int, float)) and value < 0:
-                raise InputError(f"{field.name} is {value}, below 0")
-        least_of = {"prompts": 1, "group": 2, "epochs": 1, "micro_batch": 1, "save_every": 1, "eval_problems": 1}
-        for name, least in least_of.items():
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}, below {least}")
+            ones = ("prompts", "epochs", "micro_batch", "sketch", "save_every", "eval_problems")
+            least = {"group": 2, "geometry_every": -1, "probe_every": -1, **dict.fromkeys(ones, 1)}.get(field.name, 0)
+            if isinstance(value, (int, float)) and value < least:
+                raise InputError(f"{field.name} is {value}, below {least}")
         if self.temperature == 0:
             raise InputError("temperature is 0: greedy completions are all alike and teach nothing")
         tiny = self.model == "tiny"
@@ -249,6 +253,116 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0], torch.special.entr(probs).sum(dim=-1)
+
+
+def count_sketch(tensors: list[torch.Tensor], size: int, seed: int) -> torch.Tensor:
+    """Random projection [size] of the tensors, taken as one long vector, that preserves inner products.
+
+    Every coordinate gets a random sign and is added to one of `size` sums (Charikar, Chen, Farach-Colton 2002). Of two
+    vectors with one seed, the sketches' inner product is unbiased, its deviation about |a| |b| / sqrt(size). Float32.
+    """
+    device = tensors[0].device
+    generator, sums = torch.Generator(device).manual_seed(seed), torch.zeros(size, device=device)
+    for tensor in tensors:
+        signs = torch.empty(tensor.numel(), dtype=torch.int8, device=device).random_(0, 2, generator=generator)
+        signed = tensor.detach().flatten().float() * (signs * 2 - 1)
+        whole = signed[: len(signed) // size * size].view(-1, size).sum(dim=0)
+        whole[: len(signed) % size] += signed[len(signed) // size * size :]
+        # Every tensor starts at another sum, or the first few sums would hold all the small tensors.
+        sums += whole.roll(int(torch.randint(size, (1,), generator=generator, device=device)))
+    return sums
+
+
+def gradient_geometry(gram: torch.Tensor, half_products: torch.Tensor, group: int) -> dict[str, float]:
+    """How the gradients of P prompts lie to each other, as sampled and with the sampling noise taken out.
+
+    gram: [P, P] inner products of the prompt gradients, estimated with leave-one-out advantages, a row of zeros for a
+    prompt without reward variance. half_products: [P], inner product of the gradients of the two halves of a prompt's
+    group, each a mean over its half, with the whole group's baseline. group: G. Units: reward^2 / parameter^2.
+
+    Over pairs of gradients that are not zero: cos_abs (mean |cosine|) and cos_negative (share below 0). interference =
+    |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict. Over all P prompts: signal_share, the part
+    of sum |g|^2 that is not sampling noise, and cos_signal, mean inner product of two prompts over the mean squared
+    norm, both without bias before the ratio is taken. For halves and on-policy samples E<g_A, g_B> = (1 + 1/(G-1)^2)
+    |g|^2. NaN for what fewer than two gradients, or no signal, leave undefined.
+    """
+    squares = gram.diagonal()
+    present = squares > 0
+    count = int(present.sum())
+    signal = half_products.sum() / (1 + 1 / (group - 1) ** 2)
+    norms = squares[present].sqrt()
+    upper = torch.ones(count, count, dtype=torch.bool, device=gram.device).triu(1)
+    cosines = (gram[present][:, present] / (norms[:, None] * norms))[upper]  # [pairs]; the mean of none is NaN
+    pairs, total = len(gram) * (len(gram) - 1), squares.sum()
+    enough = count >= 2
+    return {
+        "n_gradients": count,
+        "cos_abs": float(cosines.abs().mean()),
+        "cos_negative": float((cosines < 0).double().mean()),
+        "interference": float(gram.sum() / total) if enough else float("nan"),
+        "signal_share": float(signal / total) if enough else float("nan"),
+        "cos_signal": float((gram.sum() - total) / pairs / (signal / len(gram))) if enough and signal > 0 else float("nan"),
+    }
+
+
+def predicted_gain(grad_squares: torch.Tensor, reward_std: torch.Tensor, largest_std: float = 0.5) -> float:
+    """Ascent gained by steps 1/sigma a prompt over one step size for all, largest_std * sum(|g|^2/sigma) / sum(|g|^2).
+
+    grad_squares: [P] squared norms of the prompt gradients (or their noise-corrected estimates); reward_std: [P]
+    within-prompt standard deviations; largest_std: the largest there can be, 1/2 for rewards of 0 and 1. Prompts
+    without variance have no gradient and are left out. At least 1 for true norms; NaN if the norms do not sum to more
+    than 0. Holds for orthogonal prompts and curvature proportional to sigma.
+    """
+    present = reward_std > 0
+    squares = grad_squares[present]
+    if squares.sum() <= 0:
+        return float("nan")
+    return float(largest_std * (squares / reward_std[present]).sum() / squares.sum())
+
+
+def directional_curvature(
+    sequence_logprobs, parameters: dict, direction: dict, advantages: torch.Tensor, slope: float
+) -> float:
+    """Curvature v'Hv of the sequence-level surrogate mean(A * pi_new(y) / pi(y)) along v, by forward passes alone.
+
+    sequence_logprobs: function from parameters (a dict of float32 tensors) to the log-probabilities [n] of n sampled
+    sequences, in nats. parameters: where to measure; direction: tensors of the same names, v = direction / |direction|.
+    advantages: [n]. slope: a guess of how fast the log-probabilities change along v, in nats / parameter. Returns
+    reward / parameter^2: the second difference over a step, found here, that changes the log-probabilities by 0.03 to
+    0.1 nats (root mean square). At the sampling policy this surrogate's Hessian is the sample Hessian of the expected
+    reward (a token-level ratio's is not). NaN for a direction of length 0, where no such step is found, and where
+    rounding could reach some percent of the result's usual size.
+    """
+    norm = torch.stack([tensor.float().norm() for tensor in direction.values()]).norm()
+    if not 0 < norm < float("inf"):
+        return float("nan")
+
+    def change(step: float) -> torch.Tensor:
+        """Of the log-probabilities [n], by a step of this length along v."""
+        return sequence_logprobs({n: p.float() + direction[n] * (step / norm) for n, p in parameters.items()}) - start
+
+    with torch.no_grad():
+        start = sequence_logprobs({name: tensor.float() for name, tensor in parameters.items()})
+        rounding = torch.finfo(torch.float32).eps * float(start.abs().mean() + 1)
+        wanted = min(max((rounding / 0.02) ** 0.5, 0.03), 0.1)
+        step = wanted / slope
+        for _ in range(4):
+            ahead = change(step)
+            size = float(ahead.square().mean().sqrt())
+            if wanted / 2 < size < wanted * 2:
+                break
+            step *= min(max(wanted / max(size, 1e-30), 1e-3), 1e3)
+        if not wanted / 2 < size < wanted * 2 or rounding > 0.1 * size**2:
+            return float("nan")
+        # expm1 keeps the digits that exp loses next to 1.
+        return float((advantages * (ahead.expm1() + change(-step).expm1())).mean()) / step**2
+
+
+def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Spearman's correlation of two series [n], ties at their mean rank; NaN where one is constant or n < 2."""
+    ranks = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2 for v in (x, y)]
+    a, b = (rank - rank.mean() for rank in ranks)
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()) if len(x) else float("nan")
 
 
 # ---------------------------------------- Tasks, and rewards that check them ----------------------------------------
@@ -453,6 +567,11 @@ class Policy:
     eos_ids: list[int]
     masters: dict[str, torch.Tensor]  # the model's own parameters when they are float32
 
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(master.numel() for master in self.masters.values())
+
     def take_gradients(self) -> None:
         """Add the working weights' gradients to the masters' and clear them: sums of many passes stay in float32."""
         for name, parameter in self.model.named_parameters():
@@ -460,6 +579,23 @@ class Policy:
             if master is not parameter and parameter.grad is not None:
                 master.grad += parameter.grad
                 parameter.grad = None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """The working weights' present gradients."""
+        named = self.model.named_parameters()
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """In the body the working weights' gradients are those of the body alone; after it they join the former."""
+        parameters = list(self.model.parameters())
+        former = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        for parameter, gradient in zip(parameters, former, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     def publish(self) -> None:
         """Copy the masters into the working weights, so that rollout and training see the same policy."""
@@ -478,7 +614,7 @@ def tiny_model() -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     shape = GPT2Config(
         vocab_size=len(vocabulary), n_positions=128, n_embd=96, n_layer=1, n_head=8, n_inner=384, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM")
     with torch.random.fork_rng():  # the same start for every --seed, and the caller's random state untouched
         torch.manual_seed(0)
         return GPT2LMHeadModel(shape), tokenizer
@@ -790,11 +926,128 @@ def prompt_backward(
     return torch.cat(found)
 
 
-def update(policy: Policy, optimizer: Any, batch: Batch, config: Config, reference: Any = None) -> dict[str, Any]:
-    """One optimizer step an epoch on the whole batch; returns what the log says of it.
+SMALL = 1_000_000  # parameters up to which gradients are kept whole and measured often
+
+
+@dataclass
+class Measured:
+    """What a step's backward passes tell of its P prompts; the two halves of a group are called A and B."""
+
+    gradients: torch.Tensor  # [P, 2, D] of each half, whole or sketched; zero for a prompt without reward variance
+    curvature: torch.Tensor  # [P, 2] along A's gradient on B, and along B's on A; NaN where not measured
+    reward_std_half: torch.Tensor  # [P, 2] of A and B
+
+    @classmethod
+    def of(cls, policy: "Policy", batch: Batch, config: Config) -> "Measured":
+        """Nothing measured yet."""
+        P, G = batch.rewards.shape
+        width = policy.size if policy.size <= SMALL else config.sketch
+        stds = [batch.rewards[:, rows].std(dim=1, correction=0) for rows in halves(G)]
+        gradients = torch.zeros(P, 2, width, device=policy.model.device)
+        return cls(gradients, torch.full((P, 2), math.nan), torch.stack(stds, dim=1))
+
+
+def halves(group: int) -> list[slice]:
+    """The rows of the two halves of a group; an odd group's first half is the larger."""
+    return [slice(0, (group + 1) // 2), slice((group + 1) // 2, group)]
+
+
+def probe(policy: Policy, batch: Batch, p: int, half: int, scale: float, config: Config) -> float:
+    """Curvature of prompt p's objective along the present gradients (those of one half), on the other half's samples.
+
+    The other half has its own leave-one-out baseline, so that next to nothing of the direction's noise is in it. scale:
+    from the present gradients to the prompt gradient. NaN where the other half has a single completion, and where the
+    direction's half was rewarded alike: then only the other half's rewards make it a direction at all.
+    """
+    rows, sampled = halves(batch.rewards.shape[1])[1 - half], batch.sampled
+    tokens, lengths, rewards = sampled.tokens[p][rows], sampled.lengths[p][rows], batch.rewards[p][rows]
+    own = batch.rewards[p][halves(batch.rewards.shape[1])[half]]
+    if len(rewards) < 2 or own.max() == own.min():
+        return math.nan
+    direction = policy.gradients()
+    prompt = torch.tensor(batch.prompts[p], device=tokens.device)
+
+    def sequence_logprobs(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        def model(*inputs: Any, **options: Any) -> Any:
+            return torch.func.functional_call(policy.model, parameters, inputs, options)
+
+        prefix, found = encode_prefix(model, prompt), []
+        for tokens_part, part in zip(tokens.split(config.micro_batch), lengths.split(config.micro_batch), strict=True):
+            logprobs = completion_logprobs(model, prompt, prefix, tokens_part, part, config.temperature)
+            found += [sequence.double().sum() for sequence in logprobs.split(part.tolist())]
+        return torch.stack(found)
+
+    advantages = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+    # The gradient is a mean of advantage * score: over the rewards' deviation it is about the scores' size along it.
+    norm = float(torch.stack([gradient.float().norm() for gradient in direction.values()]).norm())
+    slope = norm * scale / float(batch.rewards[p].std(correction=0))
+    return directional_curvature(sequence_logprobs, policy.masters, direction, advantages.to(tokens.device), slope)
+
+
+def measured_backward(
+    policy: Policy, batch: Batch, p: int, weights: torch.Tensor, config: Config, measured: Measured, curvature: bool
+) -> torch.Tensor:
+    """prompt_backward of a whole group in two halves, which fills in `measured` for prompt p on the way."""
+    group, found = batch.rewards.shape[1], []
+    advantages = batch.advantages[p].to(weights)
+    multiplied = float(batch.advantages[p].std(correction=0) / batch.rewards[p].std(correction=0))
+    for half, rows in enumerate(halves(group)):
+        size = rows.stop - rows.start
+        # From the loss's gradient to the leave-one-out estimate of the prompt's: a mean, not normalized, uphill.
+        scale = group / (group - 1) / (float(weights[p, 0]) * size * multiplied)
+        with policy.apart():
+            found.append(prompt_backward(
+                policy.model, torch.tensor(batch.prompts[p], device=weights.device), batch.sampled.tokens[p][rows],
+                batch.sampled.lengths[p][rows], advantages[rows], weights[p][rows], config))
+            gradients = list(policy.gradients().values())
+            if policy.size <= SMALL:
+                vector = torch.cat([gradient.flatten() for gradient in gradients])
+            else:
+                vector = count_sketch(gradients, config.sketch, seed=0)
+            measured.gradients[p, half] = -scale * vector
+            if curvature:
+                measured.curvature[p, half] = probe(policy, batch, p, half, scale, config)
+    return torch.cat(found)
+
+
+def describe_measured(
+    measured: Measured, batch: Batch, geometry: bool, curvature: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The measurements' part of the step's log line and of its prompts' lines."""
+    group, std = batch.rewards.shape[1], batch.rewards.std(dim=1, correction=0)  # [P]
+    line: dict[str, Any] = {}
+    columns: dict[str, list[Any]] = {}
+    if geometry:
+        shares = torch.tensor([[rows.stop - rows.start] for rows in halves(group)]).to(measured.gradients) / group
+        whole = (measured.gradients * shares).sum(dim=1).double()  # [P, D]
+        gram = (whole @ whole.T).cpu()
+        products = (measured.gradients[:, 0].double() * measured.gradients[:, 1]).sum(dim=1).cpu()
+        scale = batch.advantages.std(dim=1, correction=0) / torch.where(std > 0, std, 1.0)
+        norms, signal = gram.diagonal().sqrt(), products / (1 + 1 / (group - 1) ** 2)
+        binary = bool(((batch.rewards == 0) | (batch.rewards == 1)).all())
+        line |= gradient_geometry(gram, products, group)
+        line["predicted_gain"] = predicted_gain(gram.diagonal(), std) if binary else math.nan
+        line["predicted_gain_signal"] = predicted_gain(signal, std) if binary else math.nan
+        # Of a prompt without a gradient 0/0. The update is the sum of scaled gradients, before clipping and optimizer.
+        columns["cos_update"] = (gram @ scale / (norms * (scale @ gram @ scale).sqrt())).tolist()
+        columns |= {"grad_norm": norms.tolist(), "grad_sq_signal": signal.tolist()}
+    if curvature:
+        known = ~measured.curvature.isnan()
+        line["curvature"] = float(measured.curvature[known].mean())
+        line["curvature_corr"] = rank_correlation(measured.curvature[known].abs(), measured.reward_std_half[known])
+        columns |= {"curvature": measured.curvature.tolist(), "reward_std_half": measured.reward_std_half.tolist()}
+    return line, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def update(
+    policy: Policy, optimizer: Any, batch: Batch, config: Config, reference: Any = None,
+    geometry: bool = False, curvature: bool = False,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One optimizer step an epoch on the whole batch; returns what the log says of it and of its prompts.
 
     A prompt whose completions were all rewarded alike has no gradient and costs nothing, unless there is a KL term.
     Where the sampled log-probabilities or the gradient are not finite, no step is taken: `skipped` counts those.
+    geometry, curvature: what to measure on the way; null where the loss's gradient is not the policy gradient.
     """
     sampled, norms, gap = batch.sampled, [], 0.0
     masters = list(policy.masters.values())
@@ -803,12 +1056,17 @@ def update(policy: Policy, optimizer: Any, batch: Batch, config: Config, referen
     finite = bool(sampled.logprobs.isfinite().all())
     active = [p for p in range(len(batch.prompts)) if finite and (config.kl > 0 or bool(advantages[p].any()))]
     limit = config.max_grad_norm or math.inf
+    defined = config.agg != "mean" and config.kl == 0
+    measured = Measured.of(policy, batch, config) if geometry or curvature else None
     old: dict[int, torch.Tensor] = {}
     for epoch in range(config.epochs):
         for p in active:
-            logprobs = prompt_backward(
-                policy.model, torch.tensor(batch.prompts[p], device=advantages.device), sampled.tokens[p],
-                sampled.lengths[p], advantages[p], weights[p], config, old.get(p), reference)
+            if measured and defined and epoch == 0:
+                logprobs = measured_backward(policy, batch, p, weights, config, measured, curvature)
+            else:
+                logprobs = prompt_backward(
+                    policy.model, torch.tensor(batch.prompts[p], device=advantages.device), sampled.tokens[p],
+                    sampled.lengths[p], advantages[p], weights[p], config, old.get(p), reference)
             policy.take_gradients()
             if epoch == 0:
                 gap = max(gap, float((logprobs - sampled.logprobs[p][sampled.valid[p]]).abs().max()))
@@ -818,12 +1076,16 @@ def update(policy: Policy, optimizer: Any, batch: Batch, config: Config, referen
             optimizer.step()
             policy.publish()
         optimizer.zero_grad(set_to_none=False)
-    return {
+    line = {
         "grad_norm": sum(norms) / len(norms),
         "clipped": any(norm > limit for norm in norms),
         "skipped": sum(not math.isfinite(norm) for norm in norms),
         "logprob_gap": gap if active else None,
     }
+    more, rows = describe_measured(measured, batch, geometry, curvature) if measured else ({}, [])
+    if not defined:
+        more, rows = dict.fromkeys(more), [dict.fromkeys(row) for row in rows]
+    return line | more, rows
 
 
 def make_optimizer(policy: Policy, config: Config) -> Any:
@@ -843,6 +1105,8 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add one JSON line a row; JSON has no NaN, so a number that is not finite becomes null."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(entry) for entry in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     lines = [json.dumps({key: plain(value) for key, value in row.items()}, ensure_ascii=False) for row in rows]
@@ -1006,15 +1270,25 @@ def evaluate(
     return rates, samples
 
 
-def report(config: Config, before: dict[str, Any], after: dict[str, Any], held_out: int) -> str:
-    """The table at the end of a run."""
-    lines = [f"\n{'':24}{'before':>8}{'after':>8}   ({held_out} held-out problems)"]
+def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
+    """The table at the end of a run, from its log lines: first and last evaluation, first and last tenth of the rest."""
+    steps, after = lines[:-1] or lines, lines[-1]
+    tenth = max(1, len(steps) // 10)
+
+    def mean(key: str, part: list[dict[str, Any]]) -> str:
+        values = [line[key] for line in part if line.get(key) is not None]
+        return f"{sum(values) / len(values):>9.3f}" if values else f"{'-':>9}"
+
+    table = [f"\n{'':34}{'before':>9}{'after':>9}"]
     for key, title in (("eval_pass_rate", "sampled pass rate"), ("eval_greedy", "greedy accuracy")):
-        values = [row.get(key) for row in (before, after)]
-        lines.append(f"{title:24}" + "".join(f"{'-' if v is None or v != v else f'{v:.3f}':>8}" for v in values))
+        table.append(f"{f'{title}, {held_out} held-out problems':34}"[:34] + mean(key, steps[:1]) + mean(key, [after]))
+    table.append(f"{f'training, mean of {tenth} steps':34}{'start':>9}{'end':>9}")
+    for key, title in (("reward_std", "σ, within-prompt reward deviation"), ("signal_share", "signal share of gradients"),
+                       ("cos_signal", "cosine of prompts, noise removed"), ("curvature", "curvature, cross-fitted")):
+        table.append(f"{title:34}" + mean(key, steps[:tenth]) + mean(key, steps[-tenth:]))
     other = "none" if config.norm != "none" else "std"
     return "\n".join([
-        *lines,
+        *table,
         f"\nlogs    {config.out}/metrics.jsonl, prompts.jsonl, samples.jsonl",
         f"model   {config.out}/model (AutoModelForCausalLM.from_pretrained loads it)",
         f"next    the same command with --norm {other}: same prompts, same random numbers",
@@ -1037,8 +1311,10 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
     optimizer = make_optimizer(policy, config)
     start, skipped = load_checkpoint(config, policy, optimizer) if config.resume else (0, 0)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    size = sum(master.numel() for master in policy.masters.values())
-    print(f"{config.task}, {len(problems):,} problems · {config.model}, {size:,} parameters, {config.dtype} on "
+    usual = (1, 10) if policy.size <= SMALL else (25, 25)
+    chosen = (config.geometry_every, config.probe_every)
+    intervals = [every if every >= 0 else default for every, default in zip(chosen, usual, strict=True)]
+    print(f"{config.task}, {len(problems):,} problems · {config.model}, {policy.size:,} parameters, {config.dtype} on "
           f"{config.device} · norm {config.norm} · {config.prompts} prompts × {config.group} completions", flush=True)
 
     bar = progress(range(start, config.steps), "training")
@@ -1054,9 +1330,10 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
         sampled = time.perf_counter()
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
         line, rows = describe(batch, step)
-        line |= update(policy, optimizer, batch, config, reference)
+        due = [every > 0 and step % every == 0 for every in intervals]
+        changes, measurements = update(policy, optimizer, batch, config, reference, geometry=due[0], curvature=due[1])
         ended = time.perf_counter()
-        line |= {
+        line |= changes | {
             "lr": optimizer.param_groups[0]["lr"],
             "seconds_rollout": sampled - began,
             "seconds_update": ended - sampled,
@@ -1064,7 +1341,7 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
             **evaluation,
         }
         append(out / "metrics.jsonl", [line])
-        append(out / "prompts.jsonl", rows)
+        append(out / "prompts.jsonl", [a | b for a, b in zip(rows, measurements or [{}] * len(rows), strict=True)])
         show(bar, line, config)
         skipped = skipped + 1 if line["skipped"] else 0
         if skipped == 5:
@@ -1099,8 +1376,8 @@ def finish(
     policy.model.save_pretrained(out / "model")
     policy.tokenizer.save_pretrained(out / "model")
     with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-        before = json.loads(file.readline())
-    print(report(config, before, after, len(problems)))
+        lines = [json.loads(line) for line in file]
+    print(report(config, lines, len(problems)))
     return after
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import grpo
 from grpo import Batch, Config, InputError, Policy, RunError
 
+torch.set_num_threads(1)  # for tensors as small as here a second thread only costs
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
@@ -814,6 +815,494 @@ def test_kl_keeps_the_policy_near_its_start(train, settings):
         read(f"{settings['out']}0.0")[0]["grad_norm"], rel=1e-4
     )
     assert 0 < moved[100.0] < moved[0.0]
+
+
+# ------------------------------------------- curvature: log-linear policies ------------------------------------------
+
+
+class LogLinear:
+    """P prompts, K actions, pi(a|x) = softmax(features[x] @ theta): everything is known in closed form."""
+
+    def __init__(self, P: int, K: int, overlap: float, seed: int, aligned: bool = False):
+        """Unit features: a part of each prompt's own, and a share `overlap` in common, at the same actions if aligned.
+
+        One action is right, with a probability that is uniform in [0.05, 0.95] over prompts; the others are alike.
+        """
+        generator, dtype = torch.Generator().manual_seed(seed), torch.float64
+        own = torch.eye(P * K, dtype=dtype).view(P, K, P * K)
+        order = torch.stack([torch.arange(K) if aligned else torch.randperm(K, generator=generator) for _ in range(P)])
+        shared = torch.eye(K, dtype=dtype)[order]
+        self.features = torch.cat([(1 - overlap) ** 0.5 * own, overlap**0.5 * shared], -1)  # [P, K, D]
+        self.rewards = torch.zeros(P, K, dtype=dtype)
+        self.rewards[:, 0] = 1.0
+        start = 0.05 + 0.9 * torch.rand(P, generator=generator, dtype=dtype)
+        self.offset = torch.zeros(P, K, dtype=dtype)
+        self.offset[:, 0] = torch.log((K - 1) * start / (1 - start))
+        self.theta = torch.zeros(self.features.shape[-1], dtype=dtype)
+
+    def probs(self, theta=None):
+        return torch.softmax(self.offset + self.features @ (self.theta if theta is None else theta), -1)  # [P, K]
+
+    def scores(self, theta=None):
+        probs = self.probs(theta)
+        return self.features - (probs[..., None] * self.features).sum(1, keepdim=True)  # [P, K, D]
+
+    def value(self, theta=None):
+        return (self.probs(theta) * self.rewards).sum(1)  # J [P]
+
+    def std(self, theta=None):
+        value = self.value(theta)
+        return (value * (1 - value)).sqrt()
+
+    def gradient(self, theta=None):
+        centered = self.rewards - self.value(theta)[:, None]
+        return torch.einsum("pk,pk,pkd->pd", self.probs(theta), centered, self.scores(theta))
+
+    def hessian(self, p: int):
+        scores = self.scores()[p]
+        return torch.einsum("k,k,kd,ke->de", self.probs()[p], self.rewards[p] - self.value()[p], scores, scores)
+
+    def draw(self, G: int, generator):
+        """G actions a prompt, [P, G]."""
+        return torch.multinomial(self.probs(), G, replacement=True, generator=generator)
+
+    def half_gradients(self, actions, rewards):
+        """[P, 2, D], as the training's two halves give them: leave-one-out advantages of the whole group."""
+        P, G = actions.shape
+        advantages = grpo.group_advantages(rewards, "none") * G / (G - 1)
+        terms = advantages[..., None] * self.scores()[torch.arange(P)[:, None], actions]  # [P, G, D]
+        return torch.stack([terms[:, rows].mean(1) for rows in grpo.halves(G)], 1)
+
+
+def geometry_of(halves: torch.Tensor, G: int) -> dict[str, float]:
+    shares = torch.tensor([rows.stop - rows.start for rows in grpo.halves(G)]).to(halves) / G
+    whole = (halves * shares[:, None]).sum(1)
+    return grpo.gradient_geometry(whole @ whole.T, (halves[:, 0] * halves[:, 1]).sum(1), G)
+
+
+def test_closed_forms_equal_autograd():
+    policy = LogLinear(3, 5, 0.5, 0)
+    for p in range(3):
+        gradient = torch.autograd.functional.jacobian(lambda theta: policy.value(theta)[p], policy.theta)  # noqa: B023
+        hessian = torch.autograd.functional.hessian(lambda theta: policy.value(theta)[p], policy.theta)  # noqa: B023
+        torch.testing.assert_close(policy.gradient()[p], gradient)
+        torch.testing.assert_close(policy.hessian(p), hessian)
+
+
+def test_reward_deviation_bounds_gradient_and_curvature():
+    """|g| <= sigma (E|s|^2)^1/2 and |H| <= sigma (E|s|^4)^1/2, on 1,000 random policies."""
+    for seed in range(1000):
+        policy = LogLinear(1, 4, 0.0, seed)
+        squares = policy.scores()[0].square().sum(-1)
+        moments = [(policy.probs()[0] * squares**k).sum().sqrt() for k in (1, 2)]
+        sigma = policy.std()[0] * (1 + 1e-9)
+        assert policy.gradient()[0].norm() <= sigma * moments[0]
+        assert torch.linalg.matrix_norm(policy.hessian(0), 2) <= sigma * moments[1]
+
+
+@pytest.mark.parametrize(("norm", "alpha"), [("none", 0), ("std", 1), ("var", 2)])
+def test_each_norm_ascends_its_own_objective(norm, alpha):
+    """Expected update over all groups of G 0/1 rewards = F'(J) grad J; for large G F is J, 2 asin sqrt J, logit J."""
+    for G in (2, 5, 16, 400):
+        for J in (0.1, 0.5, 0.8):
+            K = torch.arange(G + 1, dtype=torch.float64)
+            weights = torch.distributions.Binomial(G, torch.tensor(J, dtype=torch.float64)).log_prob(K).exp()
+            rewards = (torch.arange(G) < K[:, None]).double()  # [G+1, G]: every number of right completions
+            advantages = grpo.group_advantages(rewards, norm, eps=0.0)
+            # d log pi is 1/J of a right and -1/(1-J) of a wrong completion, for each unit of dJ.
+            slope = (weights * (advantages * (rewards / J - (1 - rewards) / (1 - J))).mean(1)).sum()
+            spread = K * (G - K) / G**2
+            power = torch.where(spread > 0, spread.clamp(min=1e-9) ** ((2 - alpha) / 2), 0.0)
+            assert float(slope) == pytest.approx(float((weights * power).sum()) / (J * (1 - J)), rel=1e-9)
+            limit = [lambda v: v, lambda v: 2 * math.asin(math.sqrt(v)), lambda v: math.log(v / (1 - v))][alpha]
+            if G == 400:
+                assert float(slope) == pytest.approx((limit(J + 1e-6) - limit(J - 1e-6)) / 2e-6, rel=0.04)
+
+
+def ascend(policy: LogLinear, normalized: bool, scale: float, steps: int):
+    """Mean J at every step of exact ascent with the steps of the theory, and the predicted gain at each (S^2 = 4)."""
+    theta, values, gains = policy.theta.clone(), [], []
+    for _ in range(steps):
+        gradient, std = policy.gradient(theta), policy.std(theta)
+        values.append(float(policy.value(theta).mean()))
+        gains.append(grpo.predicted_gain(gradient.square().sum(1), std))
+        size = 1 / (4 * std) if normalized else torch.full_like(std, 1 / (4 * 0.5))
+        theta = theta + scale * (size[:, None] * gradient).sum(0)
+        if values[-1] > 0.97:
+            break
+    return values, gains
+
+
+def test_the_measured_speed_up_is_the_predicted_gain():
+    """Steps to a mean pass rate of 0.9. (From much harder starts the measured one is larger: 1.2 to 1.7 times.)"""
+    ratios = []
+    for seed in range(8):
+        policy = LogLinear(8, 6, 0.0, seed)
+        steps = {}
+        for normalized in (False, True):
+            values, gains = ascend(policy, normalized, 1.0, 3000)
+            steps[normalized] = next(i for i, value in enumerate(values) if value >= 0.9)
+            if not normalized:
+                predicted = np.mean(gains[: steps[False]])
+        ratios.append(steps[False] / steps[True] / predicted)
+    assert 0.8 < np.median(ratios) < 1.25
+
+
+def test_overlap_takes_the_room_for_larger_steps():
+    largest = {}
+    for overlap in (0.0, 0.5):
+        limits = []
+        for seed in range(8):
+            policy, scale = LogLinear(8, 6, overlap, seed), 1.0
+            while scale < 1024 and np.diff(ascend(policy, True, scale, 150)[0]).min(initial=0) > -1e-12:
+                scale *= 2
+            limits.append(scale / 2)
+        largest[overlap] = np.median(limits)
+    assert largest[0.5] <= largest[0.0] / 2
+
+
+def within(values, truth: float, errors: float = 3) -> bool:
+    """Whether the mean of independent values agrees with the truth within so many standard errors."""
+    values = np.asarray(values)
+    return abs(values.mean() - truth) < errors * values.std(ddof=1) / len(values) ** 0.5
+
+
+def regression(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Slope of y on x and its standard error, whatever the noise's spread at each x (White)."""
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x * y).sum() / (x**2).sum()
+    return slope, float(np.sqrt((x**2 * (y - slope * x) ** 2).sum()) / (x**2).sum())
+
+
+@pytest.mark.parametrize("G", [4, 7, 16])
+def test_the_corrected_norm_and_cosine_are_those_of_the_true_gradients(G):
+    policy, generator = LogLinear(150, 5, 0.3, 1, aligned=True), torch.Generator().manual_seed(G)
+    truth = policy.gradient()
+    inner = truth @ truth.T
+    square, cross = float(inner.diagonal().mean()), float((inner.sum() - inner.trace()) / (150 * 149))
+    found = {key: [] for key in ("square", "raw", "cosine", "share")}
+    for _ in range(100):
+        actions = policy.draw(G, generator)
+        halves = policy.half_gradients(actions, policy.rewards.gather(1, actions))
+        geometry = geometry_of(halves, G)
+        shares = torch.tensor([rows.stop - rows.start for rows in grpo.halves(G)]).double() / G
+        found["square"].append(float((halves[:, 0] * halves[:, 1]).sum(1).mean()) / (1 + 1 / (G - 1) ** 2))
+        found["raw"].append(float((halves * shares[:, None]).sum(1).square().sum(1).mean()))
+        found["cosine"].append(geometry["cos_signal"])
+        found["share"].append(geometry["signal_share"])
+    assert within(found["square"], square) and not within(found["raw"], square)
+    assert within(found["cosine"], cross / square)
+    assert not within(np.array(found["cosine"]) * found["share"], cross / square)  # of uncorrected norms
+    assert np.mean(found["share"]) == pytest.approx(np.mean(found["square"]) / np.mean(found["raw"]), rel=0.02)
+
+
+def test_gradients_without_signal_have_a_corrected_norm_of_zero():
+    policy, generator, found = LogLinear(40, 5, 0.5, 2), torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        actions = policy.draw(8, generator)
+        rewards = torch.randint(0, 2, actions.shape, generator=generator).double()  # whatever was done
+        halves = policy.half_gradients(actions, rewards)
+        found.append(float((halves[:, 0] * halves[:, 1]).sum(1).mean()))
+    assert within(found, 0.0)
+
+
+def cross_fitted(policy: LogLinear, G: int, generator):
+    """For each prompt and half: curvature by the probe, the true one along the same direction, both halves' deviations."""
+    actions = policy.draw(G, generator)
+    rewards = policy.rewards.gather(1, actions)
+    halves, rows = policy.half_gradients(actions, rewards), grpo.halves(G)
+    found = []
+    for p in range(len(actions)):
+        for half in (0, 1):
+            other, direction = rows[1 - half], halves[p, half]
+            if rewards[p, rows[half]].std(correction=0) == 0:  # as the program does
+                continue
+            mine, chosen = rewards[p, other], actions[p, other]
+
+            def logprobs(parameters):
+                return torch.log(policy.probs(parameters["theta"].double())[p, chosen])  # noqa: B023
+
+            advantages = (mine - mine.mean()) * len(mine) / (len(mine) - 1)
+            slope = float(direction.norm() / rewards[p].std(correction=0))
+            found.append((
+                grpo.directional_curvature(logprobs, {"theta": policy.theta}, {"theta": direction}, advantages, slope),
+                float(direction @ policy.hessian(p) @ direction / direction.norm() ** 2),
+                float(rewards[p, rows[half]].std(correction=0)),
+                float(mine.std(correction=0)),
+            ))
+    return np.array(found).reshape(-1, 4)
+
+
+def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
+    generator = torch.Generator().manual_seed(0)
+    found = np.concatenate([cross_fitted(LogLinear(10, 5, 0.5, seed), 16, generator) for seed in range(60)])
+    assert np.isfinite(found).all() and len(found) > 800
+    assert within(found[:, 0] - found[:, 1], 0.0)
+    slope, error = regression(found[:, 1], found[:, 0])
+    assert abs(slope - 1) < 3 * error < 0.3
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.7])
+def test_identical_prompts_show_no_law_of_curvature_and_deviation(rate):
+    """Against the deviation of the direction's half; that of the measured half manufactures a law.
+
+    With two actions every direction has the same true curvature.
+    """
+    policy, generator = LogLinear(1, 2, 0.0, 0), torch.Generator().manual_seed(0)
+    policy.offset[0, 0] = math.log(rate / (1 - rate))
+    found = np.concatenate([cross_fitted(policy, 16, generator) for _ in range(1000)])
+    assert np.ptp(found[:, 1]) < 1e-9 and within(found[:, 0], found[0, 1])
+    slope, error = regression(found[:, 2], found[:, 0])
+    assert abs(slope) < 3 * error
+    manufactured, error = regression(found[:, 3], found[:, 0])
+    assert abs(manufactured) > 10 * error
+
+
+# ---------------------------------------------- geometry: vectors by hand ---------------------------------------------
+
+
+@pytest.mark.parametrize(("vectors", "expected"), [  # n_gradients, cos_abs, cos_negative, interference, cos_signal
+    ([[2.0, 0.0], [0.0, 3.0]], (2, 0.0, 0.0, 1.0, 0.0)),
+    ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], (3, 1.0, 0.0, 3.0, 1.0)),
+    ([[1.0, 0.0], [-1.0, 0.0]], (2, 1.0, 1.0, 0.0, -1.0)),
+    ([[3.0, 4.0], [0.0, 0.0], [3.0, 0.0]], (2, 0.6, 0.0, (36 + 16) / 34, (18 / 6) / (34 / 3))),
+    ([[1.0, 1.0]], (1, None, None, None, None)),
+    ([[0.0, 0.0], [0.0, 0.0]], (0, None, None, None, None)),
+])
+def test_geometry_of_vectors_by_hand(vectors, expected):
+    """Both halves alike, so that without the factor of a finite group all is signal."""
+    vectors, G = torch.tensor(vectors, dtype=torch.float64), 3
+    factor = 1 + 1 / (G - 1) ** 2
+    found = grpo.gradient_geometry(vectors @ vectors.T, vectors.square().sum(1) * factor, G)
+    names = ("n_gradients", "cos_abs", "cos_negative", "interference", "cos_signal")
+    for name, value in zip(names, expected, strict=True):
+        assert math.isnan(found[name]) if value is None else found[name] == pytest.approx(value), name
+    assert math.isnan(found["signal_share"]) if expected[1] is None else found["signal_share"] == pytest.approx(1.0)
+
+
+def test_predicted_gain_by_hand():
+    std = torch.tensor([0.5, 0.25, 0.0])
+    assert grpo.predicted_gain(torch.tensor([1.0, 1.0, 0.0]), std) == pytest.approx(0.5 * (2 + 4) / 2)
+    assert grpo.predicted_gain(torch.tensor([3.0, 3.0]), torch.tensor([0.5, 0.5])) == 1.0
+    assert math.isnan(grpo.predicted_gain(torch.tensor([0.0]), torch.tensor([0.0])))
+    assert math.isnan(grpo.predicted_gain(torch.tensor([-1.0, 0.5]), torch.tensor([0.5, 0.5])))
+
+
+def test_rank_correlation_by_hand():
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert grpo.rank_correlation(x, x.exp()) == pytest.approx(1.0) and grpo.rank_correlation(x, -x) == pytest.approx(-1.0)
+    # ranks 1.5 1.5 3 4 against 1 2 3 4: covariance 4.5, variances 4.5 and 5
+    assert grpo.rank_correlation(torch.tensor([0.0, 0.0, 5.0, 9.0]), x) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert math.isnan(grpo.rank_correlation(torch.ones(3), torch.arange(3.0)))
+    assert math.isnan(grpo.rank_correlation(torch.ones(0), torch.ones(0)))
+
+
+def test_sketches_preserve_inner_products_without_bias():
+    tensors = [[torch.randn(3, 50, generator=torch.Generator().manual_seed(i)), torch.randn(7)] for i in (1, 2)]
+    exact = float(sum((a * b).sum() for a, b in zip(*tensors, strict=True)))
+    products = []
+    for seed in range(600):
+        a, b = (grpo.count_sketch(vector, 16, seed) for vector in tensors)
+        products.append(float(a @ b))
+    assert a.shape == (16,) and within(products, exact)
+    alone = grpo.count_sketch(tensors[0], 4096, 5)  # nothing to add up: signs and places only
+    assert alone.norm() ** 2 == pytest.approx(float(sum(t.square().sum() for t in tensors[0])), rel=1e-5)
+
+
+# ------------------------------------------------- curvature of a model ----------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def prepared(cache, problems):
+    """The tiny model after 60 warm-start steps, with a sampled batch of 40 prompts and 16 completions."""
+    config = Config(sft_steps=60, cache=cache, prompts=40, group=16)
+    policy = grpo.load_policy(config, problems)
+    encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)
+    return policy, grpo.sample_batch(policy, 0, encoded, even, config), config
+
+
+def test_the_probe_equals_the_exact_hessian_vector_product(prepared):
+    """Against double backward through full sequences in float64, same samples, same direction."""
+    policy, batch, config = prepared
+    exact = GPT2LMHeadModel(policy.model.config).double().eval()
+    exact.load_state_dict(policy.model.state_dict())
+    exact.set_attn_implementation("eager")
+    parameters, found, wanted = list(exact.parameters()), [], []
+    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
+    for p in range(40):
+        if not batch.rewards[p, grpo.halves(16)[0]].std():
+            continue
+        measured = grpo.Measured.of(policy, batch, config)
+        grpo.measured_backward(policy, batch, p, weights, config, measured, True)
+        policy.model.zero_grad(set_to_none=False)
+        rows = grpo.halves(16)[1]
+        rewards = batch.rewards[p, rows]
+        advantages = (rewards - rewards.mean()) * 8 / 7
+        tokens, lengths = batch.sampled.tokens[p, rows], batch.sampled.lengths[p, rows]
+        prompt = torch.tensor(batch.prompts[p]).expand(8, -1)
+        logits = exact(torch.cat([prompt, tokens], 1), use_cache=False).logits[:, prompt.shape[1] - 1 : -1]
+        logprobs = torch.log_softmax(logits, -1).gather(2, tokens[..., None])[..., 0]
+        sums = (logprobs * (torch.arange(tokens.shape[1]) < lengths[:, None])).sum(1)
+        surrogate = (advantages * (sums - sums.detach()).exp()).mean()
+        direction = measured.gradients[p, 0].double() / measured.gradients[p, 0].double().norm()
+        first = torch.cat([g.flatten() for g in torch.autograd.grad(surrogate, parameters, create_graph=True)])
+        second = torch.autograd.grad(first @ direction, parameters)
+        wanted.append(float(torch.cat([g.flatten() for g in second]) @ direction))
+        found.append(float(measured.curvature[p, 0]))
+    found, wanted = np.array(found), np.array(wanted)
+    assert len(found) >= 32 and np.isfinite(found).all()
+    assert np.corrcoef(found, wanted)[0, 1] >= 0.999
+    assert (found[wanted == 0] == 0).all()  # where all of the other half were rewarded alike
+    assert np.median(np.abs(found[wanted != 0] / wanted[wanted != 0] - 1)) <= 0.02
+
+
+def test_measured_gradients_are_the_leave_one_out_prompt_gradients(prepared):
+    """And the halves add up to the training gradient, with prompts weighted by their scale."""
+    policy, batch, config = prepared
+    weights, p = grpo.token_weights(batch.sampled.lengths, "token"), 0
+    while not batch.advantages[p].any():
+        p += 1
+    measured = grpo.Measured.of(policy, batch, config)
+    grpo.measured_backward(policy, batch, p, weights, config, measured, False)
+    trained = flat_gradient(policy.model.parameters())
+    policy.model.zero_grad(set_to_none=False)
+    rewards, tokens, lengths = batch.rewards[p], batch.sampled.tokens[p], batch.sampled.lengths[p]
+    expected = []
+    for rows in (range(8), range(8, 16)):
+        total = 0.0
+        for i in rows:
+            others = (rewards.sum() - rewards[i]) / 15
+            total = total + (rewards[i] - others) * naive_logprobs(policy.model, batch.prompts[p], tokens[i, : lengths[i]].tolist()).sum()
+        gradient = torch.autograd.grad(total / 8, list(policy.model.parameters()))
+        expected.append(torch.cat([g.flatten() for g in gradient]))
+        assert relative_error(measured.gradients[p, len(expected) - 1], expected[-1]) < 1e-5
+    scale = float(batch.advantages[p].abs().max() / (rewards - rewards.mean()).abs().max())
+    update = -(expected[0] + expected[1]) / 2 * 15 / 16 * scale * 16 / lengths.shape[0] * 16 / int(batch.sampled.lengths.sum())
+    assert relative_error(trained, update) < 1e-5
+
+
+def test_the_correction_makes_small_groups_agree_with_large_ones(prepared, problems):
+    """Squared norm and cosine of 12 prompts from groups of 16, 30 draws, and of 512, three draws."""
+    policy, _, config = prepared
+    encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)[:12]
+    found = {}
+    for G, draws in ((16, 30), (512, 3)):
+        config = replace(config, group=G, prompts=12, micro_batch=512)
+        rows = []
+        for step in range(draws):
+            batch = grpo.sample_batch(policy, step, encoded, even, config)
+            weights, measured = grpo.token_weights(batch.sampled.lengths, "sequence"), grpo.Measured.of(policy, batch, config)
+            for p in range(12):
+                if batch.advantages[p].any():
+                    grpo.measured_backward(policy, batch, p, weights, config, measured, False)
+                    policy.model.zero_grad(set_to_none=False)
+            order = np.argsort(batch.ids)
+            halves = measured.gradients[order].double()
+            gram = halves.mean(1) @ halves.mean(1).T
+            signal = float((halves[:, 0] * halves[:, 1]).sum(1).mean()) / (1 + 1 / (G - 1) ** 2)
+            rows.append((signal, float(gram.trace()) / 12, float(gram.sum() - gram.trace()) / (12 * 11)))
+        found[G] = np.array(rows)
+    small, large = found[16], found[512].mean(0)
+    assert within(small[:, 0], large[0]) and not within(small[:, 1], large[0])
+    # A ratio of means differs from the truth by the mean of what is left over, to first order.
+    truth = large[2] / large[0]
+    assert within(small[:, 2] - truth * small[:, 0], 0.0) and not within(small[:, 2] - truth * small[:, 1], 0.0)
+
+
+def test_sketched_cosines_of_real_gradients_are_within_two_hundredths(prepared):
+    policy, batch, config = prepared
+    measured = grpo.Measured.of(policy, batch, config)
+    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
+    for p in range(40):
+        if batch.advantages[p].any():
+            grpo.measured_backward(policy, batch, p, weights, config, measured, False)
+            policy.model.zero_grad(set_to_none=False)
+    whole = measured.gradients.sum(1)
+    whole = whole[whole.norm(dim=1) > 0]
+    shapes = [parameter.shape for parameter in policy.model.parameters()]
+    sketches = []
+    for vector in whole:
+        parts = vector.split([math.prod(shape) for shape in shapes])
+        sketches.append(grpo.count_sketch([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], 65536, 0))
+    pairs = torch.ones(len(whole), len(whole)).triu(1).bool()
+    exact, sketched = (torch.nn.functional.normalize(x) for x in (whole, torch.stack(sketches)))
+    error = ((exact @ exact.T).abs() - (sketched @ sketched.T).abs()).abs()[pairs]
+    assert len(whole) > 30 and float((error < 0.02).double().mean()) >= 0.95
+
+
+def test_where_rounding_would_drown_the_curvature_there_is_none():
+    generator = torch.Generator().manual_seed(0)
+    noise = lambda parameters: -500.0 + 1e-4 * torch.randn(4, generator=generator)  # noqa: E731: nothing but noise
+    theta, v = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    assert math.isnan(grpo.directional_curvature(noise, theta, v, advantages, 1.0))
+    long = lambda parameters: -1e6 + parameters["a"].sum().repeat(4)  # noqa: E731: sums too long for float32
+    assert math.isnan(grpo.directional_curvature(long, theta, v, advantages, 1.0))
+    assert math.isnan(grpo.directional_curvature(long, theta, {"a": torch.zeros(3)}, advantages, 1.0))
+
+
+@pytest.mark.parametrize("slope", [1e-3, 1.0, 1e3])
+def test_the_probe_finds_its_own_step(slope):
+    """log pi_i = c_i t + d_i t^2 / 2 along v: mean A (c^2 + d) by hand, whatever the first guess of the step."""
+    c, d = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.0, -4.0])
+    curve = lambda parameters: c * parameters["a"][0] + d * parameters["a"][0] ** 2 / 2 - 1  # noqa: E731
+    advantages = torch.tensor([1.0, 2.0, -0.5])
+    found = grpo.directional_curvature(curve, {"a": torch.zeros(2)}, {"a": torch.tensor([5.0, 0.0])}, advantages, slope)
+    assert found == pytest.approx((1.5 + 2 * 4.0 - 0.5 * 5) / 3, rel=0.01)
+
+
+def test_what_measuring_adds_to_the_logs(train, settings):
+    train(Config(**settings, probe_every=4))
+    metrics, prompts = read(settings["out"]), read(settings["out"], "prompts.jsonl")
+    keys = {"n_gradients", "cos_abs", "cos_negative", "interference", "signal_share", "cos_signal", "predicted_gain",
+            "predicted_gain_signal"}  # fmt: skip
+    assert all(keys <= set(row) for row in metrics[:-1])
+    assert [row["step"] for row in metrics if "curvature" in row] == [0, 4, 8] == [
+        row["step"] for row in metrics if "curvature_corr" in row]
+    for row in prompts:
+        assert {"grad_norm", "cos_update", "grad_sq_signal"} <= set(row) and ("curvature" in row) == (row["step"] % 4 == 0)
+        assert (row["grad_norm"] > 0) == (row["reward_std"] > 0) and (row["cos_update"] is None) == (row["reward_std"] == 0)
+        for curvature, std in zip(row.get("curvature", []), row.get("reward_std_half", []), strict=True):
+            assert (curvature is None) == (std == 0)
+    for step, line in enumerate(metrics[:-1]):
+        mine = [row for row in prompts if row["step"] == step]
+        assert line["n_gradients"] == sum(row["reward_std"] > 0 for row in mine)
+        if line["n_gradients"] >= 2:
+            squares = [row["grad_norm"] ** 2 for row in mine]
+            assert line["signal_share"] == pytest.approx(sum(row["grad_sq_signal"] for row in mine) / sum(squares))
+            gain = 0.5 * sum(row["grad_norm"] ** 2 / row["reward_std"] for row in mine if row["reward_std"]) / sum(squares)
+            assert line["predicted_gain"] == pytest.approx(gain)
+
+
+def test_the_probe_leaves_the_training_as_it_was(train, settings):
+    ends = []
+    for every in (4, 1000):
+        out = f"{settings['out']}-{every}"
+        train(Config(**settings | {"probe_every": every, "out": out}))
+        ends.append(load_file(Path(out) / "model" / "model.safetensors"))
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+@pytest.mark.parametrize("changed", [{"agg": "mean"}, {"kl": 0.1}])
+def test_where_the_loss_is_another_there_is_no_geometry(train, settings, changed):
+    train(Config(**settings | {"steps": 1} | changed))
+    line, row = read(settings["out"])[0], read(settings["out"], "prompts.jsonl")[0]
+    assert line["cos_abs"] is line["curvature"] is line["n_gradients"] is row["curvature"] is row["cos_update"] is None
+
+
+def test_measuring_can_be_turned_off(train, settings):
+    train(Config(**settings | {"steps": 2, "geometry_every": 0, "probe_every": 0}))
+    assert not {"cos_abs", "curvature"} & set(read(settings["out"])[0])
+
+
+@pytest.mark.parametrize("group", [2, 3, 5])
+def test_small_and_odd_groups_are_measured_as_far_as_they_can_be(train, settings, group):
+    train(Config(**settings | {"group": group, "steps": 3, "prompts": 8, "probe_every": 1}))
+    rows = [row for row in read(settings["out"], "prompts.jsonl") if row["reward_std"] > 0]
+    sizes = [group // 2, (group + 1) // 2]  # of the half that the curvature is measured on
+    for half, size in enumerate(sizes):
+        mixed = [row["reward_std_half"][half] > 0 for row in rows]
+        assert [row["curvature"][half] is not None for row in rows] == [m and size > 1 for m in mixed]
 
 
 # ----------------------------------------------- command line and bad input -------------------------------------------
