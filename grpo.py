@@ -117,10 +117,8 @@ class Config:
     sft_steps: int = setting(0, "supervised warm start on worked solutions; 0: 2000 for tiny, none else")
     sft_batch: int = setting(0, "solutions a warm-start step; 0: 64 for tiny, 16 else")
     sft_lr: float = setting(0.0, "peak rate of the warm start; 0: 6e-3 for tiny, 5e-5 else")
-    geometry_every: int = setting(-1, "steps between measurements of prompt gradients; 0: never; "
-                                      "-1: 1 up to a million parameters, else 25")
-    probe_every: int = setting(-1, "steps between measurements of curvature; 0: never; "
-                                   "-1: 10 up to a million parameters, else 25")
+    geometry_every: int = setting(-1, "measure prompt gradients; 0: never; -1: 1 up to a million parameters, else 25")
+    probe_every: int = setting(-1, "measure curvature; 0: never; -1: 10 up to a million parameters, else 25")
     sketch: int = setting(65536, "numbers kept of a gradient of over a million parameters (random projection)")
     eval_every: int = setting(50, "steps between evaluations on held-out problems; 0: start and end alone")
     eval_problems: int = setting(512, "held-out problems (of one --data file at most a third)")
@@ -293,15 +291,15 @@ def gradient_geometry(gram: torch.Tensor, half_products: torch.Tensor, group: in
     norms = squares[present].sqrt()
     upper = torch.ones(count, count, dtype=torch.bool, device=gram.device).triu(1)
     cosines = (gram[present][:, present] / (norms[:, None] * norms))[upper]  # [pairs]; the mean of none is NaN
-    pairs, total = len(gram) * (len(gram) - 1), squares.sum()
-    enough = count >= 2
+    total, enough = squares.sum(), count >= 2
+    cross = (gram.sum() - total) / max(1, len(gram) * (len(gram) - 1))
     return {
         "n_gradients": count,
         "cos_abs": float(cosines.abs().mean()),
         "cos_negative": float((cosines < 0).double().mean()),
         "interference": float(gram.sum() / total) if enough else float("nan"),
         "signal_share": float(signal / total) if enough else float("nan"),
-        "cos_signal": float((gram.sum() - total) / pairs / (signal / len(gram))) if enough and signal > 0 else float("nan"),
+        "cos_signal": float(cross / (signal / len(gram))) if enough and signal > 0 else float("nan"),
     }
 
 
@@ -336,6 +334,8 @@ def directional_curvature(
     norm = torch.stack([tensor.float().norm() for tensor in direction.values()]).norm()
     if not 0 < norm < float("inf"):
         return float("nan")
+    if not advantages.any():
+        return 0.0
 
     def change(step: float) -> torch.Tensor:
         """Of the log-probabilities [n], by a step of this length along v."""
@@ -614,10 +614,12 @@ def tiny_model() -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     shape = GPT2Config(
         vocab_size=len(vocabulary), n_positions=128, n_embd=96, n_layer=1, n_head=8, n_inner=384, bos_token_id=0,
-        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, loss_type="ForCausalLM")
+        eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     with torch.random.fork_rng():  # the same start for every --seed, and the caller's random state untouched
         torch.manual_seed(0)
-        return GPT2LMHeadModel(shape), tokenizer
+        model = GPT2LMHeadModel(shape)
+    model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning
+    return model, tokenizer
 
 
 def from_pretrained(config: Config, path: str, dtype: str) -> tuple[Any, Any]:
@@ -856,6 +858,16 @@ class Batch:
     rewards: torch.Tensor  # [P, G]
     advantages: torch.Tensor  # [P, G]
 
+    @property
+    def std(self) -> torch.Tensor:
+        """Within-prompt standard deviation of the rewards, [P]."""
+        return self.rewards.std(dim=1, correction=0)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What each prompt's centred rewards were multiplied by, [P]: the ratio of the spreads; 0 if all are equal."""
+        return self.advantages.std(dim=1, correction=0) / torch.where(self.std > 0, self.std, 1.0)
+
 
 def encode_prefix(model: Any, prompt: torch.Tensor) -> Any:
     """Cache [1, L-1] of all but the prompt's last token, which starts the completions' pass; None for one token."""
@@ -980,7 +992,7 @@ def probe(policy: Policy, batch: Batch, p: int, half: int, scale: float, config:
     advantages = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
     # The gradient is a mean of advantage * score: over the rewards' deviation it is about the scores' size along it.
     norm = float(torch.stack([gradient.float().norm() for gradient in direction.values()]).norm())
-    slope = norm * scale / float(batch.rewards[p].std(correction=0))
+    slope = norm * scale / float(batch.std[p])
     return directional_curvature(sequence_logprobs, policy.masters, direction, advantages.to(tokens.device), slope)
 
 
@@ -990,11 +1002,10 @@ def measured_backward(
     """prompt_backward of a whole group in two halves, which fills in `measured` for prompt p on the way."""
     group, found = batch.rewards.shape[1], []
     advantages = batch.advantages[p].to(weights)
-    multiplied = float(batch.advantages[p].std(correction=0) / batch.rewards[p].std(correction=0))
     for half, rows in enumerate(halves(group)):
         size = rows.stop - rows.start
         # From the loss's gradient to the leave-one-out estimate of the prompt's: a mean, not normalized, uphill.
-        scale = group / (group - 1) / (float(weights[p, 0]) * size * multiplied)
+        scale = group / (group - 1) / (float(weights[p, 0]) * size * float(batch.scale[p]))
         with policy.apart():
             found.append(prompt_backward(
                 policy.model, torch.tensor(batch.prompts[p], device=weights.device), batch.sampled.tokens[p][rows],
@@ -1014,7 +1025,7 @@ def describe_measured(
     measured: Measured, batch: Batch, geometry: bool, curvature: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The measurements' part of the step's log line and of its prompts' lines."""
-    group, std = batch.rewards.shape[1], batch.rewards.std(dim=1, correction=0)  # [P]
+    group, std, scale = batch.rewards.shape[1], batch.std, batch.scale
     line: dict[str, Any] = {}
     columns: dict[str, list[Any]] = {}
     if geometry:
@@ -1022,7 +1033,6 @@ def describe_measured(
         whole = (measured.gradients * shares).sum(dim=1).double()  # [P, D]
         gram = (whole @ whole.T).cpu()
         products = (measured.gradients[:, 0].double() * measured.gradients[:, 1]).sum(dim=1).cpu()
-        scale = batch.advantages.std(dim=1, correction=0) / torch.where(std > 0, std, 1.0)
         norms, signal = gram.diagonal().sqrt(), products / (1 + 1 / (group - 1) ** 2)
         binary = bool(((batch.rewards == 0) | (batch.rewards == 1)).all())
         line |= gradient_geometry(gram, products, group)
@@ -1229,21 +1239,19 @@ def sample_batch(policy: Policy, step: int, problems: list[Problem], reward: Rew
 def describe(batch: Batch, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The batch's part of the step's log line, and the lines of its prompts."""
     rewards, sampled, rates = batch.rewards, batch.sampled, pass_rates(batch.rewards)
-    std = rewards.std(dim=1, correction=0)  # [P]
-    # Advantages are the centred rewards times the scale, so the ratio of their spreads is the scale.
-    scale = batch.advantages.std(dim=1, correction=0) / torch.where(std > 0, std, 1.0)
     line = {
         "step": step,
         "reward": rewards.mean().item(),
         "pass_rate": rates.mean().item(),
-        "reward_std": std.mean().item(),
+        "reward_std": batch.std.mean().item(),
         "frac_all_right": (rewards == 1).all(dim=1).double().mean().item(),
         "frac_all_wrong": (rewards == 0).all(dim=1).double().mean().item(),
         "entropy": sampled.entropy[sampled.valid].mean().item(),
         "length": sampled.lengths.double().mean().item(),
         "truncated": sampled.truncated.double().mean().item(),
     }
-    columns = {"prompt": batch.ids, "pass_rate": rates.tolist(), "reward_std": std.tolist(), "scale": scale.tolist()}
+    columns = {"prompt": batch.ids, "pass_rate": rates.tolist(), "reward_std": batch.std.tolist(),
+               "scale": batch.scale.tolist()}
     return line, [{"step": step, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
@@ -1271,7 +1279,7 @@ def evaluate(
 
 
 def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
-    """The table at the end of a run, from its log lines: first and last evaluation, first and last tenth of the rest."""
+    """The table at the end of a run, from its log: first and last evaluation, first and last tenth of the steps."""
     steps, after = lines[:-1] or lines, lines[-1]
     tenth = max(1, len(steps) // 10)
 
@@ -1279,12 +1287,13 @@ def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
         values = [line[key] for line in part if line.get(key) is not None]
         return f"{sum(values) / len(values):>9.3f}" if values else f"{'-':>9}"
 
-    table = [f"\n{'':34}{'before':>9}{'after':>9}"]
-    for key, title in (("eval_pass_rate", "sampled pass rate"), ("eval_greedy", "greedy accuracy")):
-        table.append(f"{f'{title}, {held_out} held-out problems':34}"[:34] + mean(key, steps[:1]) + mean(key, [after]))
+    table = [f"\n{f'{held_out} held-out problems':34}{'before':>9}{'after':>9}"]
+    for key, title in (("eval_pass_rate", "pass rate, sampled"), ("eval_greedy", "pass rate, greedy")):
+        table.append(f"{title:34}" + mean(key, steps[:1]) + mean(key, [after]))
     table.append(f"{f'training, mean of {tenth} steps':34}{'start':>9}{'end':>9}")
-    for key, title in (("reward_std", "σ, within-prompt reward deviation"), ("signal_share", "signal share of gradients"),
-                       ("cos_signal", "cosine of prompts, noise removed"), ("curvature", "curvature, cross-fitted")):
+    titles = {"reward_std": "σ, within-prompt reward deviation", "signal_share": "signal share of gradients",
+              "cos_signal": "cosine of prompts, noise removed", "curvature": "curvature, cross-fitted"}
+    for key, title in titles.items():
         table.append(f"{title:34}" + mean(key, steps[:tenth]) + mean(key, steps[-tenth:]))
     other = "none" if config.norm != "none" else "std"
     return "\n".join([

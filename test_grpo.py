@@ -342,7 +342,7 @@ def test_three_epochs_equal_the_clipped_loss_written_out(kl):
     policy, naive, reference = (make_policy(make_model("gpt2")), make_model("gpt2"), make_model("gpt2"))
     batch = make_batch(policy)
     config = Config(epochs=3, kl=kl, clip=0.05, lr=0.05, optimizer="sgd", max_grad_norm=0)
-    result = grpo.update(policy, grpo.make_optimizer(policy, config), batch, config, reference if kl else None)
+    result, _ = grpo.update(policy, grpo.make_optimizer(policy, config), batch, config, reference if kl else None)
     lengths = batch.sampled.lengths
     old = {
         (p, g): naive_logprobs(naive, PROMPTS[p], batch.sampled.tokens[p, g, : lengths[p, g]].tolist()).detach()
@@ -368,7 +368,7 @@ def test_clipping_scales_the_step_to_the_limit_and_says_so():
     policy = make_policy(make_model("gpt2"))
     before = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
     config = Config(lr=1.0, optimizer="sgd", max_grad_norm=1e-3)
-    result = grpo.update(policy, grpo.make_optimizer(policy, config), make_batch(policy), config)
+    result, _ = grpo.update(policy, grpo.make_optimizer(policy, config), make_batch(policy), config)
     step = torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - before
     assert result["clipped"] and result["grad_norm"] > 1e-3
     assert float(step.norm()) == pytest.approx(1e-3, rel=1e-2)
@@ -407,7 +407,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     batch, config = make_batch(policy), Config(optimizer="sgd", lr=1.0)
     before = {name: master.detach().clone() for name, master in policy.masters.items()}
     batch.advantages[0, 0] = math.nan
-    assert grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)["skipped"] == 1
+    assert grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)[0]["skipped"] == 1
     assert all(torch.equal(before[name], master) for name, master in policy.masters.items())
     assert all(not master.grad.any() for master in policy.masters.values())
 
@@ -592,7 +592,7 @@ def read(out, name: str = "metrics.jsonl") -> list[dict]:
 
 
 def test_what_a_run_leaves(train, settings, capsys):
-    final = train(Config(**settings))
+    final = train(Config(**settings, geometry_every=0, probe_every=0))
     out = Path(settings["out"])
     assert {path.name for path in out.iterdir()} == {
         "config.json",
@@ -1007,7 +1007,7 @@ def test_gradients_without_signal_have_a_corrected_norm_of_zero():
 
 
 def cross_fitted(policy: LogLinear, G: int, generator):
-    """For each prompt and half: curvature by the probe, the true one along the same direction, both halves' deviations."""
+    """Of each prompt and half: curvature by the probe, true curvature along its direction, both halves' deviations."""
     actions = policy.draw(G, generator)
     rewards = policy.rewards.gather(1, actions)
     halves, rows = policy.half_gradients(actions, rewards), grpo.halves(G)
@@ -1024,12 +1024,16 @@ def cross_fitted(policy: LogLinear, G: int, generator):
 
             advantages = (mine - mine.mean()) * len(mine) / (len(mine) - 1)
             slope = float(direction.norm() / rewards[p].std(correction=0))
-            found.append((
-                grpo.directional_curvature(logprobs, {"theta": policy.theta}, {"theta": direction}, advantages, slope),
-                float(direction @ policy.hessian(p) @ direction / direction.norm() ** 2),
-                float(rewards[p, rows[half]].std(correction=0)),
-                float(mine.std(correction=0)),
-            ))
+            found.append(
+                (
+                    grpo.directional_curvature(
+                        logprobs, {"theta": policy.theta}, {"theta": direction}, advantages, slope
+                    ),
+                    float(direction @ policy.hessian(p) @ direction / direction.norm() ** 2),
+                    float(rewards[p, rows[half]].std(correction=0)),
+                    float(mine.std(correction=0)),
+                )
+            )
     return np.array(found).reshape(-1, 4)
 
 
@@ -1061,14 +1065,17 @@ def test_identical_prompts_show_no_law_of_curvature_and_deviation(rate):
 # ---------------------------------------------- geometry: vectors by hand ---------------------------------------------
 
 
-@pytest.mark.parametrize(("vectors", "expected"), [  # n_gradients, cos_abs, cos_negative, interference, cos_signal
-    ([[2.0, 0.0], [0.0, 3.0]], (2, 0.0, 0.0, 1.0, 0.0)),
-    ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], (3, 1.0, 0.0, 3.0, 1.0)),
-    ([[1.0, 0.0], [-1.0, 0.0]], (2, 1.0, 1.0, 0.0, -1.0)),
-    ([[3.0, 4.0], [0.0, 0.0], [3.0, 0.0]], (2, 0.6, 0.0, (36 + 16) / 34, (18 / 6) / (34 / 3))),
-    ([[1.0, 1.0]], (1, None, None, None, None)),
-    ([[0.0, 0.0], [0.0, 0.0]], (0, None, None, None, None)),
-])
+@pytest.mark.parametrize(
+    ("vectors", "expected"),
+    [  # n_gradients, cos_abs, cos_negative, interference, cos_signal
+        ([[2.0, 0.0], [0.0, 3.0]], (2, 0.0, 0.0, 1.0, 0.0)),
+        ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], (3, 1.0, 0.0, 3.0, 1.0)),
+        ([[1.0, 0.0], [-1.0, 0.0]], (2, 1.0, 1.0, 0.0, -1.0)),
+        ([[3.0, 4.0], [0.0, 0.0], [3.0, 0.0]], (2, 0.6, 0.0, (36 + 16) / 34, (18 / 6) / (34 / 3))),
+        ([[1.0, 1.0]], (1, None, None, None, None)),
+        ([[0.0, 0.0], [0.0, 0.0]], (0, None, None, None, None)),
+    ],
+)
 def test_geometry_of_vectors_by_hand(vectors, expected):
     """Both halves alike, so that without the factor of a finite group all is signal."""
     vectors, G = torch.tensor(vectors, dtype=torch.float64), 3
@@ -1090,7 +1097,9 @@ def test_predicted_gain_by_hand():
 
 def test_rank_correlation_by_hand():
     x = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert grpo.rank_correlation(x, x.exp()) == pytest.approx(1.0) and grpo.rank_correlation(x, -x) == pytest.approx(-1.0)
+    assert grpo.rank_correlation(x, x.exp()) == pytest.approx(1.0) and grpo.rank_correlation(x, -x) == pytest.approx(
+        -1.0
+    )
     # ranks 1.5 1.5 3 4 against 1 2 3 4: covariance 4.5, variances 4.5 and 5
     assert grpo.rank_correlation(torch.tensor([0.0, 0.0, 5.0, 9.0]), x) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
     assert math.isnan(grpo.rank_correlation(torch.ones(3), torch.arange(3.0)))
@@ -1172,12 +1181,26 @@ def test_measured_gradients_are_the_leave_one_out_prompt_gradients(prepared):
         total = 0.0
         for i in rows:
             others = (rewards.sum() - rewards[i]) / 15
-            total = total + (rewards[i] - others) * naive_logprobs(policy.model, batch.prompts[p], tokens[i, : lengths[i]].tolist()).sum()
+            total = (
+                total
+                + (rewards[i] - others)
+                * naive_logprobs(policy.model, batch.prompts[p], tokens[i, : lengths[i]].tolist()).sum()
+            )
         gradient = torch.autograd.grad(total / 8, list(policy.model.parameters()))
         expected.append(torch.cat([g.flatten() for g in gradient]))
         assert relative_error(measured.gradients[p, len(expected) - 1], expected[-1]) < 1e-5
     scale = float(batch.advantages[p].abs().max() / (rewards - rewards.mean()).abs().max())
-    update = -(expected[0] + expected[1]) / 2 * 15 / 16 * scale * 16 / lengths.shape[0] * 16 / int(batch.sampled.lengths.sum())
+    update = (
+        -(expected[0] + expected[1])
+        / 2
+        * 15
+        / 16
+        * scale
+        * 16
+        / lengths.shape[0]
+        * 16
+        / int(batch.sampled.lengths.sum())
+    )
     assert relative_error(trained, update) < 1e-5
 
 
@@ -1191,7 +1214,10 @@ def test_the_correction_makes_small_groups_agree_with_large_ones(prepared, probl
         rows = []
         for step in range(draws):
             batch = grpo.sample_batch(policy, step, encoded, even, config)
-            weights, measured = grpo.token_weights(batch.sampled.lengths, "sequence"), grpo.Measured.of(policy, batch, config)
+            weights, measured = (
+                grpo.token_weights(batch.sampled.lengths, "sequence"),
+                grpo.Measured.of(policy, batch, config),
+            )
             for p in range(12):
                 if batch.advantages[p].any():
                     grpo.measured_backward(policy, batch, p, weights, config, measured, False)
@@ -1223,7 +1249,9 @@ def test_sketched_cosines_of_real_gradients_are_within_two_hundredths(prepared):
     sketches = []
     for vector in whole:
         parts = vector.split([math.prod(shape) for shape in shapes])
-        sketches.append(grpo.count_sketch([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], 65536, 0))
+        sketches.append(
+            grpo.count_sketch([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], 65536, 0)
+        )
     pairs = torch.ones(len(whole), len(whole)).triu(1).bool()
     exact, sketched = (torch.nn.functional.normalize(x) for x in (whole, torch.stack(sketches)))
     error = ((exact @ exact.T).abs() - (sketched @ sketched.T).abs()).abs()[pairs]
@@ -1232,11 +1260,16 @@ def test_sketched_cosines_of_real_gradients_are_within_two_hundredths(prepared):
 
 def test_where_rounding_would_drown_the_curvature_there_is_none():
     generator = torch.Generator().manual_seed(0)
-    noise = lambda parameters: -500.0 + 1e-4 * torch.randn(4, generator=generator)  # noqa: E731: nothing but noise
+
+    def noise(parameters):
+        return -500.0 + 1e-4 * torch.randn(4, generator=generator)
+
+    def long(parameters):  # sums too long for float32
+        return -1e6 + parameters["a"].sum().repeat(4)
+
     theta, v = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert math.isnan(grpo.directional_curvature(noise, theta, v, advantages, 1.0))
-    long = lambda parameters: -1e6 + parameters["a"].sum().repeat(4)  # noqa: E731: sums too long for float32
     assert math.isnan(grpo.directional_curvature(long, theta, v, advantages, 1.0))
     assert math.isnan(grpo.directional_curvature(long, theta, {"a": torch.zeros(3)}, advantages, 1.0))
 
@@ -1257,11 +1290,18 @@ def test_what_measuring_adds_to_the_logs(train, settings):
     keys = {"n_gradients", "cos_abs", "cos_negative", "interference", "signal_share", "cos_signal", "predicted_gain",
             "predicted_gain_signal"}  # fmt: skip
     assert all(keys <= set(row) for row in metrics[:-1])
-    assert [row["step"] for row in metrics if "curvature" in row] == [0, 4, 8] == [
-        row["step"] for row in metrics if "curvature_corr" in row]
+    assert (
+        [row["step"] for row in metrics if "curvature" in row]
+        == [0, 4, 8]
+        == [row["step"] for row in metrics if "curvature_corr" in row]
+    )
     for row in prompts:
-        assert {"grad_norm", "cos_update", "grad_sq_signal"} <= set(row) and ("curvature" in row) == (row["step"] % 4 == 0)
-        assert (row["grad_norm"] > 0) == (row["reward_std"] > 0) and (row["cos_update"] is None) == (row["reward_std"] == 0)
+        assert {"grad_norm", "cos_update", "grad_sq_signal"} <= set(row) and ("curvature" in row) == (
+            row["step"] % 4 == 0
+        )
+        assert (row["grad_norm"] > 0) == (row["reward_std"] > 0) and (row["cos_update"] is None) == (
+            row["reward_std"] == 0
+        )
         for curvature, std in zip(row.get("curvature", []), row.get("reward_std_half", []), strict=True):
             assert (curvature is None) == (std == 0)
     for step, line in enumerate(metrics[:-1]):
@@ -1270,7 +1310,9 @@ def test_what_measuring_adds_to_the_logs(train, settings):
         if line["n_gradients"] >= 2:
             squares = [row["grad_norm"] ** 2 for row in mine]
             assert line["signal_share"] == pytest.approx(sum(row["grad_sq_signal"] for row in mine) / sum(squares))
-            gain = 0.5 * sum(row["grad_norm"] ** 2 / row["reward_std"] for row in mine if row["reward_std"]) / sum(squares)
+            gain = (
+                0.5 * sum(row["grad_norm"] ** 2 / row["reward_std"] for row in mine if row["reward_std"]) / sum(squares)
+            )
             assert line["predicted_gain"] == pytest.approx(gain)
 
 
