@@ -11,10 +11,13 @@
 A step: P prompts, G sampled completions each, rewards r [P, G], advantages A = (r - group mean) * scale, one ascent
 step on the policy gradient. `--norm` chooses the scale and nothing else:
 
-    none   1                 REINFORCE with the group mean as baseline
-    std    1 / (sigma + eps)     GRPO (Shao et al. 2024, arXiv 2402.03300)
-    var    1 / (sigma^2 + eps)   one power further: ascent on the log-odds of the pass rate
+    none   1                                REINFORCE with the group mean as baseline
+    std    1 / (sigma + eps)                GRPO (Shao et al. 2024, arXiv 2402.03300)
+    var    1 / (sigma^2 + eps)              one power further: ascent on the log-odds of the pass rate
     batch  1 / (std of all P*G rewards + eps)
+
+On the way it measures the prompts' gradients, their orthogonality and the curvature along them (`--geometry-every`,
+`--probe-every`): the quantities by which Ge et al. (arXiv 2601.23135) explain the division.
 
 Where conventions differ, this file takes: population standard deviation (TRL, verl and OpenRLHF: sample form), eps
 1e-6, a group of equal rewards has advantage exactly 0; `--agg sequence`, the sum over a completion's tokens divided by
@@ -1280,24 +1283,33 @@ def evaluate(
 
 def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
     """The table at the end of a run, from its log: first and last evaluation, first and last tenth of the steps."""
-    steps, after = lines[:-1] or lines, lines[-1]
+    steps, final = lines[:-1] or lines, lines[-1]
     tenth = max(1, len(steps) // 10)
 
-    def mean(key: str, part: list[dict[str, Any]]) -> str:
+    def mean(key: str, part: list[dict[str, Any]]) -> float:
         values = [line[key] for line in part if line.get(key) is not None]
-        return f"{sum(values) / len(values):>9.3f}" if values else f"{'-':>9}"
+        return sum(values) / len(values) if values else math.nan
 
-    table = [f"\n{f'{held_out} held-out problems':34}{'before':>9}{'after':>9}"]
-    for key, title in (("eval_pass_rate", "pass rate, sampled"), ("eval_greedy", "pass rate, greedy")):
-        table.append(f"{title:34}" + mean(key, steps[:1]) + mean(key, [after]))
-    table.append(f"{f'training, mean of {tenth} steps':34}{'start':>9}{'end':>9}")
-    titles = {"reward_std": "σ, within-prompt reward deviation", "signal_share": "signal share of gradients",
-              "cos_signal": "cosine of prompts, noise removed", "curvature": "curvature, cross-fitted"}
-    for key, title in titles.items():
-        table.append(f"{title:34}" + mean(key, steps[:tenth]) + mean(key, steps[-tenth:]))
+    def cosine(part: list[dict[str, Any]]) -> float:
+        """cos_signal as a ratio of means over steps: a single step's may have next to nothing below the line."""
+        return (mean("interference", part) - 1) / max(1, config.prompts - 1) / (mean("signal_share", part) or math.nan)
+
+    ends = steps[:tenth], steps[-tenth:]
+    rows: list[tuple[Any, ...]] = [
+        (f"{held_out} held-out problems", "before", "after"),
+        ("pass rate, sampled", mean("eval_pass_rate", steps[:1]), mean("eval_pass_rate", [final])),
+        ("pass rate, greedy", mean("eval_greedy", steps[:1]), mean("eval_greedy", [final])),
+        (f"training, mean of {tenth} steps", "start", "end"),
+        ("σ, within-prompt reward deviation", *(mean("reward_std", part) for part in ends)),
+        ("signal share of gradients", *(mean("signal_share", part) for part in ends)),
+        ("cosine of prompts, noise removed", *(cosine(part) for part in ends)),
+        ("curvature, cross-fitted", *(mean("curvature", part) for part in ends)),
+    ]
+    texts = [[v if isinstance(v, str) else "-" if math.isnan(v) else f"{v:.3f}" for v in row] for row in rows]
     other = "none" if config.norm != "none" else "std"
     return "\n".join([
-        *table,
+        "",
+        *(f"{title:34}{before:>9}{after:>9}" for title, before, after in texts),
         f"\nlogs    {config.out}/metrics.jsonl, prompts.jsonl, samples.jsonl",
         f"model   {config.out}/model (AutoModelForCausalLM.from_pretrained loads it)",
         f"next    the same command with --norm {other}: same prompts, same random numbers",
