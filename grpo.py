@@ -511,7 +511,8 @@ def standard_columns(raw: Dataset, source: str, graded: bool) -> Dataset:
         final = (marked or "") if marked is not None or answer == "solution" else text
         if not isinstance(row[question], str) or not row[question].strip():
             raise InputError(f"{source}, row {number}: no {question}")
-        if graded and (not final or len(final) > MAX_SPAN or final.count("{") != final.count("}")):
+        braces = re.sub(r"\\[{}]", "", final)  # but for escaped ones, which need not match
+        if graded and (not final or len(final) > MAX_SPAN or braces.count("{") != braces.count("}")):
             raise InputError(f"{source}, row {number}: answer {text[-60:]!r} cannot be graded")
         worked = str(row.get("solution") or (text if marked is not None else ""))
         # GSM8K marks its sums for a calculator, <<48/2=24>>: not text to learn.
@@ -670,9 +671,11 @@ def encode_problems(rows: Dataset, model: Any, tokenizer: Any, config: Config) -
         dialogs = [[{"role": "user", "content": text}] for text in texts]
         texts = [tokenizer.apply_chat_template(d, tokenize=False, add_generation_prompt=True) for d in dialogs]
     prompts = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    # Some tokenizers name an ordinary special token, which may well stand in a prompt, as the unknown one.
+    unknown = {tokenizer.unk_token_id} - {None, tokenizer.bos_token_id, tokenizer.eos_token_id}
     for i, prompt in enumerate(prompts):
         name = f"prompt {i} ({texts[i][:40]!r}...)"
-        if not prompt or (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt):
+        if not prompt or unknown & set(prompt):
             raise InputError(f"{name} is empty or has characters that the tokenizer does not know")
         if len(prompt) + config.max_new_tokens > context_length(model):
             total = f"{len(prompt)} tokens, with {config.max_new_tokens} new ones"

@@ -496,6 +496,7 @@ def test_columns_are_found_by_name():
     assert columns([{"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."}]) == [
         {"question": "q", "answer": "\\frac{1}{2}", "solution": "so \\boxed{\\frac{1}{2}}."}
     ]
+    assert columns([{"problem": "q", "solution": "thus \\boxed{\\left\\{ 2}"}])[0]["answer"] == "\\left\\{ 2"
     assert columns([{"problem": "q", "answer": 7}]) == [{"question": "q", "answer": "7", "solution": ""}]
 
 
