@@ -266,11 +266,13 @@ def count_sketch(tensors: list[torch.Tensor], size: int, seed: int) -> torch.Ten
     generator, sums = torch.Generator(device).manual_seed(seed), torch.zeros(size, device=device)
     for tensor in tensors:
         signs = torch.empty(tensor.numel(), dtype=torch.int8, device=device).random_(0, 2, generator=generator)
-        signed = tensor.detach().flatten().float() * (signs * 2 - 1)
-        whole = signed[: len(signed) // size * size].view(-1, size).sum(dim=0)
-        whole[: len(signed) % size] += signed[len(signed) // size * size :]
-        # Every tensor starts at another sum, or the first few sums would hold all the small tensors.
-        sums += whole.roll(int(torch.randint(size, (1,), generator=generator, device=device)))
+        chunks = (tensor.detach().flatten().float() * (signs * 2 - 1)).split(size)
+        # Every chunk starts at another sum: a matrix's large columns would else be added to each other.
+        starts = torch.randint(size, (len(chunks),), generator=generator, device=device)
+        for chunk, start in zip(chunks, starts.tolist(), strict=True):
+            rest = size - start
+            sums[start : start + len(chunk)] += chunk[:rest]
+            sums[: max(0, len(chunk) - rest)] += chunk[rest:]
     return sums
 
 
@@ -334,7 +336,8 @@ def directional_curvature(
     reward (a token-level ratio's is not). NaN for a direction of length 0, where no such step is found, and where
     rounding could reach some percent of the result's usual size.
     """
-    norm = torch.stack([tensor.float().norm() for tensor in direction.values()]).norm()
+    # In float64: torch's float32 norm of 10^8 numbers is off by a percent on a CPU.
+    norm = float(sum(torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in direction.values())) ** 0.5
     if not 0 < norm < float("inf"):
         return float("nan")
     if not advantages.any():
@@ -342,7 +345,8 @@ def directional_curvature(
 
     def change(step: float) -> torch.Tensor:
         """Of the log-probabilities [n], by a step of this length along v."""
-        return sequence_logprobs({n: p.float() + direction[n] * (step / norm) for n, p in parameters.items()}) - start
+        moved = {name: tensor.float() + direction[name].float() * (step / norm) for name, tensor in parameters.items()}
+        return sequence_logprobs(moved) - start
 
     with torch.no_grad():
         start = sequence_logprobs({name: tensor.float() for name, tensor in parameters.items()})
@@ -997,7 +1001,7 @@ def probe(policy: Policy, batch: Batch, p: int, half: int, scale: float, config:
 
     advantages = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
     # The gradient is a mean of advantage * score: over the rewards' deviation it is about the scores' size along it.
-    norm = float(torch.stack([gradient.float().norm() for gradient in direction.values()]).norm())
+    norm = float(torch.nn.utils.get_total_norm(direction.values()))
     slope = norm * scale / float(batch.std[p])
     return directional_curvature(sequence_logprobs, policy.masters, direction, advantages.to(tokens.device), slope)
 
