@@ -1192,8 +1192,8 @@ def load_checkpoint(config: Config, policy: Policy, optimizer: Any) -> tuple[int
 def check_out(config: Config) -> None:
     """Raises InputError where --out cannot take this run: a run without --resume, or --resume of another one."""
     out = Path(config.out)
-    exists = (out / "config.json").exists() or (out / "metrics.jsonl").exists()
-    if exists and not config.resume:
+    log = out / "metrics.jsonl"
+    if not config.resume and ((out / "config.json").exists() or (log.exists() and log.stat().st_size > 0)):
         raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR to start a new one")
     if config.resume:
         try:
@@ -1338,7 +1338,11 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
     reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
     optimizer = make_optimizer(policy, config)
     start, skipped = load_checkpoint(config, policy, optimizer) if config.resume else (0, 0)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    if not config.resume:
+        save_checkpoint(out, policy, optimizer, 0, 0)
+    # Only now, and at once, is there a run: before this it would start anew, from here on it can resume.
+    (out / "config.json.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (out / "config.json.tmp").replace(out / "config.json")
     usual = (1, 10) if policy.size <= SMALL else (25, 25)
     chosen = (config.geometry_every, config.probe_every)
     intervals = [every if every >= 0 else default for every, default in zip(chosen, usual, strict=True)]
@@ -1347,7 +1351,7 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
 
     bar = progress(range(start, config.steps), "training")
     for step in bar:
-        if (step % config.save_every == 0 and step > start) or step == 0:
+        if step % config.save_every == 0 and step > start:
             save_checkpoint(out, policy, optimizer, step, skipped)
         evaluation: dict[str, Any] = {}
         if step == 0 or (config.eval_every and step % config.eval_every == 0):

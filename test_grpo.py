@@ -657,11 +657,14 @@ def test_two_norms_see_the_same_prompts_and_the_same_first_rollouts(train, setti
     assert read(settings["out"] + "none")[0]["reward"] == read(settings["out"] + "std")[0]["reward"]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_killed_run_resumes_to_the_bit(train, settings, optimizer):
+@pytest.mark.parametrize(
+    ("optimizer", "rewards", "steps"), [("adamw", 6 * 15 + 60, (4, 9)), ("sgd", 60, (1, 3)), ("sgd", 0, (0, 0))]
+)
+def test_a_killed_run_resumes_to_the_bit(train, settings, optimizer, rewards, steps):
+    """Killed after so many rewards: those of evaluations, 40 each, and of steps, 15 each."""
     settings["optimizer"] = optimizer
-    train(Config(**settings | dict(out=settings["out"] + "-whole")))
-    calls = SimpleNamespace(left=6 * 15 + 60)  # six steps and the two evaluations on their way, sampled and greedy
+    train(Config(**settings | {"out": settings["out"] + "-whole"}))
+    calls = SimpleNamespace(left=rewards)
 
     def dying(completion, answer):
         calls.left -= 1
@@ -671,7 +674,8 @@ def test_a_killed_run_resumes_to_the_bit(train, settings, optimizer):
 
     with pytest.raises(KeyboardInterrupt):
         train(Config(**settings), reward=dying)
-    assert 4 <= len(read(settings["out"])) < 10
+    log = Path(settings["out"]) / "metrics.jsonl"
+    assert steps[0] <= len(log.read_text().splitlines()) <= steps[1]
     with (Path(settings["out"]) / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # killed while writing
     train(Config(**settings | dict(resume=True, eval_every=4)))
@@ -691,6 +695,21 @@ def test_a_finished_run_goes_on_with_more_steps(train, settings):
     assert read(settings["out"]) == read(settings["out"] + "-whole")
     with pytest.raises(InputError, match="has made 10 steps already, more than --steps 5"):
         train(Config(**settings | dict(resume=True, steps=5)))
+
+
+def test_a_run_killed_before_it_had_begun_starts_anew(train, settings):
+    settings["steps"] = 2
+    train(Config(**settings | {"out": settings["out"] + "-whole"}))
+    train(Config(**settings))
+    out = Path(settings["out"])
+    (out / "config.json").unlink()  # written last of what a run begins with
+    (out / "metrics.jsonl").write_text("")
+    (out / "prompts.jsonl").write_text("")
+    train(Config(**settings))
+    assert read(out) == read(settings["out"] + "-whole")
+    (out / "config.json").unlink()  # somebody else's log is not written over
+    with pytest.raises(InputError, match="holds a run"):
+        train(Config(**settings))
 
 
 def test_runs_are_not_mixed_up(train, settings):
