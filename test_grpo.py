@@ -461,10 +461,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_completions_get_no_reward_in_bounded_time(text):
-    began = time.perf_counter()
-    assert [grpo.grade(mark % text, "\\frac{3}{4}") for mark in ("%s",)] == [0.0]
-    assert grpo.grade(f"\\boxed{{{text}}}", "\\frac{3}{4}") == 0.0
-    assert time.perf_counter() - began < 6  # of two
+    for completion in (text, f"\\boxed{{{text}}}"):
+        began = time.perf_counter()
+        assert grpo.grade(completion, "\\frac{3}{4}") == 0.0
+        assert time.perf_counter() - began < 3
 
 
 def test_numbers_are_exact():
