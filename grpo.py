@@ -981,9 +981,9 @@ def probe(policy: Policy, batch: Batch, p: int, half: int, scale: float, config:
     from the present gradients to the prompt gradient. NaN where the other half has a single completion, and where the
     direction's half was rewarded alike: then only the other half's rewards make it a direction at all.
     """
-    rows, sampled = halves(batch.rewards.shape[1])[1 - half], batch.sampled
-    tokens, lengths, rewards = sampled.tokens[p][rows], sampled.lengths[p][rows], batch.rewards[p][rows]
-    own = batch.rewards[p][halves(batch.rewards.shape[1])[half]]
+    parts = halves(batch.rewards.shape[1])
+    own, rows = batch.rewards[p][parts[half]], parts[1 - half]
+    tokens, lengths, rewards = batch.sampled.tokens[p][rows], batch.sampled.lengths[p][rows], batch.rewards[p][rows]
     if len(rewards) < 2 or own.max() == own.min():
         return math.nan
     direction = policy.gradients()
@@ -1337,9 +1337,11 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
     problems, held_out = (encode_problems(rows, policy.model, policy.tokenizer, config) for rows in splits)
     reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
     optimizer = make_optimizer(policy, config)
-    start, skipped = load_checkpoint(config, policy, optimizer) if config.resume else (0, 0)
-    if not config.resume:
-        save_checkpoint(out, policy, optimizer, 0, 0)
+    start = skipped = 0
+    if config.resume:
+        start, skipped = load_checkpoint(config, policy, optimizer)
+    else:
+        save_checkpoint(out, policy, optimizer, start, skipped)
     # Only now, and at once, is there a run: before this it would start anew, from here on it can resume.
     (out / "config.json.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
     (out / "config.json.tmp").replace(out / "config.json")

@@ -158,18 +158,47 @@ BY_HAND = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("name", "arguments", "expected"), BY_HAND)
-def test_each_function_alone_gives_the_value_worked_out_by_hand(name, arguments, expected):
+def alone(name: str):
+    """The function made from its source alone, with nothing but torch in sight."""
     namespace = {"torch": torch}
     exec(inspect.getsource(getattr(grpo, name)), namespace)
-    tensors = [torch.tensor(a) if isinstance(a, list) else a for a in arguments]
-    found = namespace[name](*tensors)
-    for value, wanted in zip(
-        found if isinstance(found, tuple) else [found],
-        expected if isinstance(found, tuple) else [expected],
-        strict=True,
-    ):
+    return namespace[name]
+
+
+@pytest.mark.parametrize(("name", "arguments", "expected"), BY_HAND)
+def test_each_function_alone_gives_the_value_worked_out_by_hand(name, arguments, expected):
+    found = alone(name)(*[torch.tensor(a) if isinstance(a, list) else a for a in arguments])
+    found, expected = (x if isinstance(found, tuple) else (x,) for x in (found, expected))
+    for value, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(value, torch.tensor(wanted, dtype=value.dtype), rtol=1e-6, atol=1e-6)
+
+
+MEASURES_BY_HAND = {  # the functions of the measurements, likewise alone: found and expected
+    # halves' products 1.25 times the squared norms 4 and 9, the factor of a group of 3: all is signal
+    "gradient_geometry": lambda f: (
+        f(torch.diag(torch.tensor([4.0, 9.0])), torch.tensor([5.0, 11.25]), 3)["signal_share"], 1.0),
+    "predicted_gain": lambda f: (f(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.25])), 0.5 * (2 + 4) / 2),
+    "rank_correlation": lambda f: (f(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 5.0, 4.0])), -1.0),
+    # neighbours never share a sum, so that the two numbers are found again but for their signs
+    "count_sketch": lambda f: (
+        f([torch.tensor([3.0, -4.0])], 64, 0).abs().sort().values[-3:].tolist(), [0.0, 3.0, 4.0]),
+    # log pi = (t, -2t): mean of A * slope^2 for A = 1, 2
+    "directional_curvature": lambda f: (
+        f(lambda p: torch.tensor([1.0, -2.0]) * p["a"], {"a": torch.zeros(1)}, {"a": torch.ones(1)},
+          torch.tensor([1.0, 2.0]), 1.0), (1 + 8) / 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURES_BY_HAND)
+def test_each_measure_alone_gives_the_value_worked_out_by_hand(name):
+    found, expected = MEASURES_BY_HAND[name](alone(name))
+    assert found == pytest.approx(expected, rel=0.01 if name == "directional_curvature" else 1e-6)
+
+
+def test_every_function_of_the_mathematics_is_tested_alone():
+    section = re.split(r"^# -+ ", inspect.getsource(grpo), flags=re.M)[2]
+    assert section.startswith("Mathematics")
+    assert set(re.findall(r"^def (\w+)", section, re.M)) == {case[0] for case in BY_HAND} | set(MEASURES_BY_HAND)
 
 
 @pytest.mark.parametrize("norm", ["none", "std", "var", "batch"])
