@@ -1055,7 +1055,9 @@ def describe_measured(
         known = ~measured.curvature.isnan()
         line["curvature"] = float(measured.curvature[known].mean())
         line["curvature_corr"] = rank_correlation(measured.curvature[known].abs(), measured.reward_std_half[known])
-        columns |= {"curvature": measured.curvature.tolist(), "reward_std_half": measured.reward_std_half.tolist()}
+        rates = torch.stack([pass_rates(batch.rewards[:, rows]) for rows in halves(group)], dim=1)  # [P, 2]
+        columns |= {"curvature": measured.curvature.tolist(), "reward_std_half": measured.reward_std_half.tolist(),
+                    "pass_rate_half": rates.tolist()}
     return line, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""Tests of grpo.py. `pytest` runs the quick ones, `GRPO_SLOW=1 pytest` all of them.
+"""Tests of grpo.py and analyze.py. `pytest` runs the quick ones, `GRPO_SLOW=1 pytest` all of them.
 
 Every expected value is worked out by hand, by another library, or by the naive computation that the code avoids.
 """
@@ -18,12 +18,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from scipy import optimize
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import analyze
 import grpo
 from grpo import Batch, Config, InputError, Policy, RunError
 
@@ -1351,8 +1354,10 @@ def test_what_measuring_adds_to_the_logs(train, settings):
         assert (row["grad_norm"] > 0) == (row["reward_std"] > 0) and (row["cos_update"] is None) == (
             row["reward_std"] == 0
         )
-        for curvature, std in zip(row.get("curvature", []), row.get("reward_std_half", []), strict=True):
-            assert (curvature is None) == (std == 0)
+        rates = row.get("pass_rate_half", [])
+        assert not rates or (3 * rates[0] + 2 * rates[1]) / 5 == pytest.approx(row["pass_rate"])
+        for curvature, std, rate in zip(row.get("curvature", []), row.get("reward_std_half", []), rates, strict=True):
+            assert (curvature is None) == (std == 0) and std == pytest.approx((rate * (1 - rate)) ** 0.5)
     for step, line in enumerate(metrics[:-1]):
         mine = [row for row in prompts if row["step"] == step]
         assert line["n_gradients"] == sum(row["reward_std"] > 0 for row in mine)
@@ -1471,10 +1476,11 @@ def test_every_setting_is_checked_when_made_in_python():
         Config(norm="mad")
 
 
-def test_functions_are_short_and_the_file_has_no_state():
-    source = Path(grpo.__file__).read_text()
-    for name, function in inspect.getmembers(grpo, inspect.isfunction):
-        if function.__module__ == "grpo":
+@pytest.mark.parametrize("module", [grpo, analyze])
+def test_functions_are_short_and_the_files_have_no_state(module):
+    source = Path(module.__file__).read_text()
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if function.__module__ == module.__name__:
             assert len(inspect.getsourcelines(function)[0]) <= 60, name
     assert not re.search(r"^\s*global ", source, re.M) and ".cuda()" not in source
 
@@ -1500,3 +1506,416 @@ def test_the_default_run_learns(norm, seed, tmp_path):
     metrics = read(out)
     assert metrics[-1]["eval_pass_rate"] > max(0.9, metrics[0]["eval_pass_rate"] + 0.25)
     assert time.perf_counter() - began < 180
+
+
+# ----------------------------------------------- analyze.py: the phases ----------------------------------------------
+
+
+def ar_noise(rng: np.random.Generator, n: int, rho: float) -> np.ndarray:
+    """AR(1) noise of deviation 1."""
+    noise = rng.normal(size=n)
+    for i in range(1, n):
+        noise[i] = rho * noise[i - 1] + math.sqrt(1 - rho**2) * noise[i]
+    return noise
+
+
+def synthetic(kind: str, rng: np.random.Generator, n: int = 300):
+    """(reward_std, orthogonality, pass_rate or None, true boundaries): noise of deviation 1, AR(1) up to 0.5."""
+    t, rho, size = np.arange(n), rng.uniform(0, 0.5), rng.choice([1.0, 2.0, 4.0, 8.0, 20.0])
+    if kind == "walk":
+        return *np.cumsum(rng.normal(size=(2, n)), axis=1), None, None
+    mean, truth, rates = np.zeros(n), None, None
+    if kind == "phases":
+        truth = [int(rng.integers(60, 130)), int(rng.integers(170, 240))]
+        mean = -2.0 * ((t >= truth[0]).astype(float) + (t >= truth[1]))  # two shifts of two deviations of the noise
+        rates = np.interp(t, [0, *truth, n], [0.3, 0.6, 0.7, 0.75]) + 0.03 * rng.normal(size=n)
+    elif kind == "linear":
+        mean = -size * t / n
+    elif kind == "exponential":
+        mean = size * np.exp(-t / rng.choice([15, 30, 60, 120, 300]))
+    elif kind == "logistic":
+        mean = size / (1 + np.exp((t - rng.uniform(50, 250)) / rng.choice([2, 5, 15, 40])))
+    return mean + ar_noise(rng, n, rho), mean + ar_noise(rng, n, rho), rates, truth
+
+
+def detected(kind: str, count: int) -> list[tuple[dict, list[int] | None]]:
+    """What is found in `count` synthetic series."""
+    rng, found = np.random.default_rng(7), []
+    for _ in range(count):
+        *series, truth = synthetic(kind, rng)
+        found.append((analyze.detect_phases(*series, draws=39), truth))
+    return found
+
+
+def assert_true_phases(found, share: float) -> None:
+    close = [all(abs(a - b) <= 10 for a, b in zip(result["boundaries"], truth, strict=True)) for result, truth in found]
+    assert np.mean(close) >= share and np.mean([result["found"] for result, _ in found]) >= share
+
+
+def test_true_phases_are_found_and_a_decay_is_not():
+    assert_true_phases(detected("phases", 5), 0.8)
+    for kind in ("constant", "linear", "exponential", "logistic", "walk"):
+        assert sum(result["found"] for result, _ in detected(kind, 2)) <= 0.1
+
+
+@slow
+@pytest.mark.parametrize("kind", ["phases", "constant", "linear", "exponential", "logistic", "walk"])
+def test_phases_in_two_hundred_series(kind):
+    found = detected(kind, 200)
+    if kind == "phases":
+        assert_true_phases(found, 0.9)
+        covered = [
+            low <= b <= high
+            for result, truth in found
+            for (low, high), b in zip(result["intervals"], truth, strict=True)
+        ]
+        assert np.mean(covered) >= 0.85  # of intervals of 95%
+    else:
+        assert np.mean([result["found"] for result, _ in found]) <= (0.1 if kind == "walk" else 0.05)
+    if kind == "constant":  # the p-value is one: below 0.1 in a tenth of the series, give or take 3 deviations
+        assert abs(np.mean([result["p_value"] <= 0.1 for result, _ in found]) - 0.1) < 3 * math.sqrt(0.09 / 200)
+
+
+def test_the_split_is_the_best_of_all():
+    rng, n, least = np.random.default_rng(0), 40, 5
+    series = rng.normal(size=(n, 2)) + (np.arange(n) > 22)[:, None]
+
+    def left(*breaks: int) -> float:
+        edges = [0, *breaks, n]
+        parts = [series[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        return sum(float(((part - part.mean(axis=0)) ** 2).sum()) for part in parts)
+
+    pairs = [(a, b) for a in range(least, n) for b in range(a + least, n - least + 1)]
+    assert tuple(analyze.split(series, 3, least)) == min(pairs, key=lambda pair: left(*pair))
+    assert analyze.split(series, 2, least) == [min(range(least, n - least + 1), key=left)]
+    assert analyze.split(series, 1, least) == []
+    fit = analyze.fitted_levels(series, [10, 30])
+    assert np.allclose(
+        fit[[0, 9, 10, 29, 30, 39], 0], np.repeat([series[a:b, 0].mean() for a, b in ((0, 10), (10, 30), (30, 40))], 2)
+    )
+
+
+def test_the_likelihood_is_the_largest_of_regression_with_ar_noise():
+    rng, n = np.random.default_rng(1), 120
+    y, columns = ar_noise(rng, n, 0.6) + np.linspace(0, 3, n), np.stack([np.ones(n), np.linspace(0, 1, n)], axis=1)
+
+    def negative(x):  # conditional on the first value; x: two coefficients, rho
+        noise = y - columns @ x[:2]
+        return (n - 1) / 2 * math.log(np.mean((noise[1:] - x[2] * noise[:-1]) ** 2))
+
+    best = optimize.minimize(negative, [0.0, 0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-9})
+    assert analyze.log_likelihood(y, columns) == pytest.approx(-best.fun, abs=1e-3)
+
+
+def test_boundaries_are_in_steps_and_nan_is_left_out():
+    *series, truth = synthetic("phases", np.random.default_rng(3))
+    detect_phases = partial(analyze.detect_phases, draws=39)
+    whole = detect_phases(*series)
+    assert whole["found"] and "to III" in whole["reason"] and len(whole["levels"]) == 3
+    apart = detect_phases(*series, steps=np.arange(300) * 25)
+    assert apart["boundaries"] == [25 * step for step in whole["boundaries"]]
+    padded = [np.full(600, math.nan) for _ in series]
+    for wide, column in zip(padded, series, strict=True):
+        wide[::2] = column
+    assert detect_phases(*padded)["boundaries"] == [2 * step for step in whole["boundaries"]]
+    long = detect_phases(*(np.repeat(column, 4) for column in series))  # averaged to 300 again
+    assert long["boundaries"] == [4 * step for step in whole["boundaries"]]
+
+
+def test_what_fails_is_said():
+    detect_phases = partial(analyze.detect_phases, draws=39)
+    rng = np.random.default_rng(0)
+    sigma, angle, rates, _ = synthetic("phases", rng)
+    rose = detect_phases(sigma, -angle, rates)
+    assert re.search(r"^orthogonality did not fall: \+(3\.[5-9]|4\.[0-4])", rose["reason"]) and not rose["found"]
+    late = detect_phases(sigma, angle, 1 - rates[::-1])
+    assert late["reason"].startswith("the pass rate does not rise fastest in I: +")
+    assert "the pass rate was not checked" in detect_phases(sigma, angle)["reason"]
+    decay = detect_phases(*(4 * np.exp(-np.arange(300) / 60) + ar_noise(rng, 300, 0) for _ in range(2)))
+    assert not decay["found"] and re.search(r"smooth curves \((exponential|logistic) and", decay["reason"])
+    order = rng.permutation(300)
+    shuffled = detect_phases(sigma[order], angle[order], rates[order])
+    assert shuffled["segments"] == 1 and not shuffled["found"] and shuffled["reason"].startswith("one segment")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "angle", "reason"),
+    [
+        (np.arange(29.0), np.arange(29.0), "29 steps have both measures, 30 are needed"),
+        ([], [], "0 steps have both measures"),
+        (np.full(50, math.nan), np.arange(50.0), "0 steps have both measures"),
+        (np.full(50, 0.25), np.arange(50.0), "constant: reward deviation"),
+        (np.zeros(50), np.zeros(50), "constant: reward deviation and orthogonality"),
+    ],
+)
+def test_series_without_an_answer(sigma, angle, reason):
+    result = analyze.detect_phases(sigma, angle)
+    assert reason in result["reason"] and not result["found"] and result["boundaries"] == []
+
+
+def test_series_of_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match=r"unequal lengths: \(40,\), \(39,\)"):
+        analyze.detect_phases(np.zeros(40), np.zeros(39))
+
+
+# ------------------------------------------ analyze.py: law and comparison -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sign", "verdict"), [(1.0, 1, "agrees with 1"), (2.0, -1, "agrees with 2"), (3.5, -1, "neither")]
+)
+def test_an_exact_power_law_is_recovered(alpha, sign, verdict):
+    sigma = np.tile(np.sqrt(np.array([1, 2, 3, 4]) * np.array([7, 6, 5, 4])) / 8, 50)
+    law = analyze.curvature_law(sigma, sigma**2, sign * 5 * sigma**alpha + 0 * sigma, np.arange(200) // 8)
+    assert law["alpha"] == law["alpha_corrected"] == pytest.approx(alpha, abs=0.011)  # the grid's step is 0.02
+    assert law["verdict"].startswith(verdict) and [row["n"] for row in law["bins"]] == [50] * 4
+    assert [row["mean"] for row in law["bins"]] == pytest.approx(list(sign * 5 * sigma[:4] ** alpha))
+    assert [row["envelope"] for row in law["bins"]] == pytest.approx(list(5 * sigma[:4] ** alpha))
+
+
+def halves_of_prompts(rates: np.ndarray, rng: np.random.Generator, noise: float):
+    """Sigma of one half of eight 0/1 rewards; unbiased variance of the other; a curvature, noise - variance, there."""
+    one, other = rng.binomial(8, rates), rng.binomial(8, rates)
+    one, other, kept = one / 8, other / 8, (one > 0) & (one < 4)
+    variance = other * (1 - other) * 8 / 7
+    curvature = -variance * (1 + noise * rng.normal(size=len(rates)))
+    return np.sqrt(one * (1 - one))[kept], variance[kept], curvature[kept]
+
+
+def test_the_law_of_prompts_is_found_through_the_noise_of_sigma():
+    rng = np.random.default_rng(0)
+    sigma, variance, curvature = halves_of_prompts(rng.uniform(0.02, 0.45, 40_000), rng, 1.0)
+    law = analyze.curvature_law(sigma, variance, curvature, np.arange(len(sigma)) // 16)
+    low, high = law["alpha_corrected_interval"]
+    assert low <= 2 <= high and high - low < 0.5 and law["alpha"] < 1.7  # the noise of sigma makes it flatter
+
+
+def test_prompts_that_are_all_alike_make_no_law():
+    rng = np.random.default_rng(0)
+    sigma, variance, curvature = halves_of_prompts(np.full(20_000, 0.25), rng, 1.0)
+    law = analyze.curvature_law(sigma, variance, curvature, np.arange(len(sigma)) // 16)
+    low, high = law["alpha_interval"]
+    assert low <= 0 <= high < 1 and law["verdict"] == "neither 1 nor 2"
+    few = analyze.curvature_law(*(np.full(20, 0.4),) * 3, np.arange(20))
+    assert few["verdict"] == "undetermined" and few["reason"].startswith("1 values of sigma")
+
+
+def test_means_and_their_intervals():
+    assert analyze.mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2, 2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t: 4.3027
+    mean, low, high = analyze.mean_interval([1.0, math.nan, 3.0])
+    assert mean == 2 and math.isnan(low) and math.isnan(high)
+    rising = np.stack([np.arange(5.0), np.arange(5.0) ** 3], axis=1)[:, None]
+    assert analyze.rank_correlation(rising) == pytest.approx([1, 1, 1])
+    assert analyze.rank_correlation(rising * [1, -1]) == pytest.approx([-1, -1, -1])
+    assert math.isnan(analyze.rank_correlation(rising[:3])[1])
+
+
+def write_run(path: Path, rates: np.ndarray, norm: str = "std", seed: int = 0, **config) -> Path:
+    """A run's directory whose log has the given pass rates, and a predicted gain of 2 at each step."""
+    path.mkdir(parents=True)
+    settings = {
+        "norm": norm,
+        "seed": seed,
+        "lr": 1e-3,
+        "prompts": 16,
+        "group": 16,
+        "task": "arith",
+        "model": "tiny",
+        "out": str(path),
+    }
+    (path / "config.json").write_text(json.dumps(settings | config))
+    rng = np.random.default_rng(seed)
+    fixed = {"interference": 2.5, "signal_share": 0.5, "predicted_gain": 2.0}
+    lines = [
+        {"step": t, "pass_rate": rate, "reward_std": 0.3 + 0.01 * a, "cos_abs": 0.2 + 0.01 * b, **fixed}
+        for t, (rate, a, b) in enumerate(zip(rates.tolist(), *rng.normal(size=(2, len(rates))), strict=True))
+    ]
+    lines.append({"step": len(rates), "eval_pass_rate": float(rates[-1:].sum()), "eval_greedy": 1.0})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = [
+        {
+            "step": t,
+            "prompt": 1,
+            "pass_rate": 0.25,
+            "reward_std_half": [std, 0.4],
+            "pass_rate_half": [0.2, 0.7],
+            "curvature": [std, None],
+        }
+        for t in range(0, len(rates), 2)
+        for std in (0.3, 0.4, 0.5)
+    ]
+    (path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    return path
+
+
+def saturating(tau: float, n: int = 300) -> np.ndarray:
+    return 0.2 + 0.7 * (1 - np.exp(-np.arange(n) / tau))
+
+
+def test_twice_as_fast_is_a_speed_up_of_two(tmp_path, capsys):
+    paths = [
+        write_run(tmp_path / f"{norm}-{seed}", saturating(tau + seed), norm, seed)
+        for norm, tau in (("none", 100), ("std", 50))
+        for seed in range(3)
+    ]
+    assert analyze.main([*map(str, paths), "--target", "0.6"]) == 0
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    (group,) = found["groups"].values()
+    # From 0.2 + 0.7 (1 - exp(-t/tau)) = 0.6: t = tau ln(7/3), but for the windows of 11 steps.
+    assert group["norms"]["none"]["steps_to_target"][0] == pytest.approx(101 * math.log(7 / 3), rel=0.02)
+    assert group["norms"]["std"]["steps_to_target"][0] == pytest.approx(51 * math.log(7 / 3), rel=0.02)
+    against = group["against_none"]["std"]
+    assert against["speed_up"][0] == pytest.approx(101 / 51, rel=0.02) and against["predicted_speed_up"][0] == 2
+    assert against["final_gain"][0] == pytest.approx(
+        np.mean([(saturating(50 + s) - saturating(100 + s))[-30:].mean() for s in range(3)])
+    )
+    assert group["norms"]["std"]["held_out"][0] == pytest.approx(np.mean([saturating(50 + s)[-1] for s in range(3)]))
+    assert group["law"]["below"]["alpha"] == pytest.approx(1, abs=0.011) and group["law"]["above"]["n"] == 0
+    gain, step = against["gain"][3], 38  # the fourth window: steps 33 to 43
+    assert gain[0] == step and gain[1] == pytest.approx(
+        np.mean([(saturating(50 + s) - saturating(100 + s))[step - 5 : step + 6].mean() for s in range(3)])
+    )
+    assert list(found["runs"]) == [str(path) for path in paths] and found["left_out"] == []
+    report = (tmp_path / "analysis.md").read_text()
+    assert report in capsys.readouterr().out and "| none | 0.001 | 3 |" in report
+    assert analyze.plt.imread(tmp_path / "phases.png").shape == (720, 1320, 4)
+
+
+def test_growth_of_the_gain_in_each_phase(tmp_path):
+    t = np.arange(300.0)
+    gain = np.interp(t, [0, 100, 200, 300], [0.0, 0.2, 0.25, 0.15])
+    ours, other = (
+        analyze.read_run(write_run(tmp_path / name, rates))
+        for name, rates in (("a", 0.3 + t / 1000 + gain), ("b", 0.3 + t / 1000))
+    )
+    assert analyze.growth(ours, other, [100, 200]) == pytest.approx([0.2, 0.05, -0.1], abs=1e-9)
+    assert all(map(math.isnan, analyze.growth(ours, other, [])))
+
+
+def test_noise_is_removed_from_the_cosine_as_a_ratio_of_means():
+    share = np.full(60, 0.5)
+    share[30] = -0.7  # one step's share may be negative; the mean of 25 is (24 * 0.5 - 0.7) / 25
+    log = pd.DataFrame({"interference": np.full(60, 2.5), "signal_share": share})
+    cosine = analyze.corrected_cosine(log, prompts=16)
+    assert cosine[0] == pytest.approx(1.5 / 15 / 0.5) and cosine[30] == pytest.approx(1.5 / 15 / (11.3 / 25))
+
+
+def test_the_two_measures_may_disagree(tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    sigma, angle, rates, _ = synthetic("phases", rng)
+    path = write_run(tmp_path / "run", rates)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line, std, orthogonal in zip(lines, sigma, angle, strict=False):
+        line |= {"reward_std": 0.5 + 0.05 * std, "cos_abs": 0.3 - 0.02 * orthogonal}
+        line["interference"] = 2 + 0.1 * rng.normal()
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert analyze.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "steps: three phases found**" in text and "what changed between the phases is the sampling noise" in text
+    assert analyze.main([str(path), "--orthogonality", "corrected"]) == 0
+    assert "steps: not found**" in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_more_are_compared_apart(tmp_path):
+    runs = [
+        analyze.read_run(write_run(tmp_path / f"{i}", saturating(50, 40), norm, i, **more))
+        for i, (norm, more) in enumerate(
+            [("std", {"group": 8}), ("none", {"group": 8, "lr": 0.5, "resume": True}), ("std", {"group": 64})]
+        )
+    ]
+    groups = analyze.group_runs(runs)
+    assert {title: [run.path.name for run in members] for title, members in groups.items()} == {
+        "group 8": ["0", "1"],
+        "group 64": ["2"],
+    }
+
+
+def test_a_norm_is_compared_at_its_best_learning_rate(tmp_path):
+    runs = [
+        analyze.read_run(write_run(tmp_path / f"{tau}", saturating(tau, 60), "std", tau, lr=lr))
+        for tau, lr in ((20, 1e-3), (50, 1e-2))
+    ]
+    arm = analyze.compare(runs, {}, None)["norms"]["std"]
+    assert arm["lr"] == 1e-3 and arm["rates"] == [1e-3, 1e-2] and arm["runs"] == [str(tmp_path / "20")]
+
+
+def test_damaged_logs_are_read_as_far_as_they_can_be(tmp_path, capsys):
+    path = write_run(tmp_path / "run", saturating(50, 40))
+    whole = analyze.read_run(path)
+    junk = [
+        "{",
+        "[1]",
+        "3",
+        "",
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"no": 1}',
+        '{"step": -1}',
+        "\0\0",
+        "[" * 10**5,
+        '{"step": 5, "pass_rate": ' + "9" * 5000 + "}",
+        "é" * 1000,
+    ]
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.write("\n".join(junk).encode() + b'\n\xff\xfe\n{"step": 41, "pass_ra')
+    damaged = analyze.read_run(path)
+    assert damaged.skipped == len(junk) + 2 and damaged.log.equals(whole.log)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(
+            '\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_abs": 1e999, "length": 1, "interference": '
+        )
+        file.write("1" * 400 + "}")
+    assert analyze.read_run(path).log.loc[50].isna().all()
+    assert analyze.main([str(path), str(tmp_path / "nothing"), str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert f"{len(junk) + 2} unreadable log lines skipped" in text
+    assert text.count("left out:") == 2 and f"left out: {tmp_path / 'nothing'}: " in text
+
+
+def test_nothing_to_analyse_is_one_line(tmp_path, capsys):
+    empty = write_run(tmp_path / "empty", saturating(50, 0))
+    other = write_run(tmp_path / "other", saturating(50, 10))
+    (other / "config.json").write_text("[]")
+    assert analyze.main([str(empty), str(other)]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("analyze.py: error: no run to read: ") and text.count("\n") == 1
+    assert "metrics.jsonl has no step" in text and "does not name norm" in text
+    with pytest.raises(SystemExit) as exit:
+        analyze.main(["--orthogonality", "x", "run"])
+    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_run_of_grpo_is_read(train, settings, capsys):
+    train(Config(**settings | {"probe_every": 2}))
+    assert analyze.main([settings["out"]]) == 0
+    run, lines = analyze.read_run(Path(settings["out"])), read(settings["out"])
+    assert run.log["reward_std"].dropna().tolist() == [line["reward_std"] for line in lines[:-1]] and run.skipped == 0
+    angles = [1 - line["cos_abs"] for line in lines[:-1] if line["cos_abs"] is not None]
+    assert run.log["sampled"].dropna().tolist() == angles
+    rows = [row for row in read(settings["out"], "prompts.jsonl") if "curvature" in row]
+    pairs = [(row["reward_std_half"][i], row["curvature"][i]) for row in rows for i in (0, 1)]
+    assert run.halves[["sigma", "curvature"]].to_records(index=False).tolist() == [p for p in pairs if p[1] is not None]
+    sizes = (3, 2)  # of the two halves of a group of five
+    other = [
+        row["reward_std_half"][1 - i] ** 2 * sizes[1 - i] / (sizes[1 - i] - 1)
+        for row in rows
+        for i in (0, 1)
+        if row["curvature"][i] is not None
+    ]
+    assert run.halves["variance"].tolist() == pytest.approx(other)
+    assert f"{len(angles)} steps have both measures, 30 are needed" in capsys.readouterr().out
+
+
+@slow
+def test_twenty_long_runs_in_half_a_minute(tmp_path):
+    paths = [
+        write_run(tmp_path / f"{norm}-{seed}", saturating(200, 1000), norm, seed)
+        for norm in ("none", "std")
+        for seed in range(10)
+    ]
+    for path in paths:
+        line = (path / "prompts.jsonl").read_text().splitlines()[0]
+        (path / "prompts.jsonl").write_text((line + "\n") * 16_000)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, analyze.__file__, *map(str, paths)], check=True, capture_output=True)
+    assert time.perf_counter() - began < 30
