@@ -36,6 +36,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -77,6 +78,17 @@ class InputError(ValueError):
 class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1, the last checkpoint intact."""
 
+    status = 1
+
+
+class Interrupted(RunError):
+    """SIGINT or SIGTERM ended the run between two steps, after a checkpoint: exit status 130 or 143."""
+
+    def __init__(self, number: int, out: str) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: saved a checkpoint in {out}; the same command with --resume goes on from there")
+        self.status = 128 + number
+
 
 # -------------------------- Config: one field a setting; the command line is made from it ---------------------------
 
@@ -117,6 +129,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the weights; auto: bfloat16 on CUDA")
     device: str = setting("auto", "torch device; auto: cuda if there is one, else cpu")
     seed: int = setting(0, "of prompts' order and sampling")
+    reward_timeout: float = setting(60.0, "seconds that one completion's reward may take; 0: no limit")
     sft_steps: int = setting(0, "supervised warm start on worked solutions; 0: 2000 for tiny, none else")
     sft_batch: int = setting(0, "solutions a warm-start step; 0: 64 for tiny, 16 else")
     sft_lr: float = setting(0.0, "peak rate of the warm start; 0: 6e-3 for tiny, 5e-5 else")
@@ -633,8 +646,9 @@ def tiny_model() -> tuple[Any, Any]:
 def from_pretrained(config: Config, path: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a directory or hub name. Raises InputError."""
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        return model.to(config.device), AutoTokenizer.from_pretrained(path)
+        # Never code from the model's directory: without the argument transformers would ask, and wait for an answer.
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        return model.to(config.device), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, SafetensorError, ...
         hint = "(without a network: --model DIR --data FILE.jsonl)"
         raise InputError(f"cannot load model {path}: {first_line(error)} {hint}") from error
@@ -835,13 +849,34 @@ def completions(policy: Policy, sampled: Rollout) -> list[list[str]]:
     return [texts[start : start + sampled.lengths.shape[1]] for start in range(0, len(texts), sampled.lengths.shape[1])]
 
 
-def score(texts: list[list[str]], answers: list[str], reward: Reward) -> torch.Tensor:
-    """Rewards [P, G] of completions. Raises RunError for a reward that is no finite number, naming its completion."""
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in a body that takes longer. Only the main thread gets the signal: elsewhere there is no limit."""
+    if seconds == 0 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+def score(texts: list[list[str]], answers: list[str], reward: Reward, seconds: float) -> torch.Tensor:
+    """Rewards [P, G] of completions. Raises RunError, naming the completion, for a reward that is no finite number,
+    or takes longer than `seconds` (0: no limit)."""
     rewards = torch.zeros(len(texts), len(texts[0]), dtype=torch.float64)
     for p, (group, answer) in enumerate(zip(texts, answers, strict=True)):
         for g, text in enumerate(group):
             try:
-                rewards[p, g] = value = float(reward(text, answer))
+                with time_limit(seconds):
+                    rewards[p, g] = value = float(reward(text, answer))
             except Exception as error:
                 raise RunError(f"the reward failed ({error!r}) on completion {text!r}, answer {answer!r}") from error
             if not math.isfinite(value):
@@ -1120,7 +1155,8 @@ def make_optimizer(policy: Policy, config: Config) -> Any:
 # -------------------------------------------- What a run leaves on disk ---------------------------------------------
 
 LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
-MAY_CHANGE = ("steps", "eval_every", "save_every", "out", "resume", "cache")  # between a run and its resumption
+# Between a run and its resumption:
+MAY_CHANGE = ("steps", "eval_every", "save_every", "reward_timeout", "out", "resume", "cache")
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1132,8 +1168,11 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     lines = [json.dumps({key: plain(value) for key, value in row.items()}, ensure_ascii=False) for row in rows]
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(line + "\n" for line in lines))
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; the last checkpoint is whole") from error
 
 
 def save_checkpoint(out: Path, policy: Policy, optimizer: Any, step: int, skipped: int) -> None:
@@ -1149,10 +1188,14 @@ def save_checkpoint(out: Path, policy: Policy, optimizer: Any, step: int, skippe
             os.fsync(file.fileno())
             sizes[name] = file.tell()
     temporary = folder / "state.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"state": json.dumps({"step": step, "skipped": skipped, "logs": sizes})})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(folder / "state.safetensors")
+    try:
+        save_file(tensors, temporary, metadata={"state": json.dumps({"step": step, "skipped": skipped, "logs": sizes})})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(folder / "state.safetensors")
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write a checkpoint in {folder} ({error}); the previous one is whole") from error
 
 
 def load_checkpoint(config: Config, policy: Policy, optimizer: Any) -> tuple[int, int]:
@@ -1223,6 +1266,32 @@ def progress(steps: range, title: str) -> Any:
 # ----------------------------------------------------- Training -----------------------------------------------------
 
 
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """The SIGINTs and SIGTERMs that came during the body, which goes on; a second one of a kind acts as usual.
+
+    A step is not left in the middle: its weights would be neither the old nor the new ones.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    former: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, former[number])
+        os.write(2, b"\nstopping after this step, with a checkpoint (a second time: at once)\n")
+
+    for number in former:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def prompt_rows(step: int, config: Config, problems: int) -> list[int]:
     """The step's P rows: the problems in a seeded order, a new order each time they are used up."""
     first = step * config.prompts
@@ -1244,7 +1313,7 @@ def sample_batch(policy: Policy, step: int, problems: list[Problem], reward: Rew
     ids = prompt_rows(step, config, len(problems))
     prompts = [problems[i].prompt for i in ids]
     sampled = rollout(policy, prompts, draw(config, TRAIN, step, range(len(ids)), config.group), config.temperature)
-    rewards = score(completions(policy, sampled), [problems[i].answer for i in ids], reward)
+    rewards = score(completions(policy, sampled), [problems[i].answer for i in ids], reward, config.reward_timeout)
     return Batch(ids, prompts, sampled, rewards, group_advantages(rewards, config.norm))
 
 
@@ -1267,6 +1336,35 @@ def describe(batch: Batch, step: int) -> tuple[dict[str, Any], list[dict[str, An
     return line, [{"step": step, **dict(zip(columns, row, strict=True))} for row in zip(*columns.values(), strict=True)]
 
 
+def due(step: int, size: int, config: Config) -> tuple[bool, bool]:
+    """Whether the geometry and the curvature are measured at this step, for a model of so many parameters."""
+    usual = (1, 10) if size <= SMALL else (25, 25)
+    chosen = (config.geometry_every, config.probe_every)
+    geometry, probe = (every if every >= 0 else default for every, default in zip(chosen, usual, strict=True))
+    return geometry > 0 and step % geometry == 0, probe > 0 and step % probe == 0
+
+
+def training_step(
+    policy: Policy, optimizer: Any, reference: Any, problems: list[Problem], reward: Reward, step: int, config: Config
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rollout and update; returns the step's log line and those of its prompts."""
+    began = time.perf_counter()
+    batch = sample_batch(policy, step, problems, reward, config)
+    sampled = time.perf_counter()
+    optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+    line, rows = describe(batch, step)
+    geometry, curvature = due(step, policy.size, config)
+    changes, measurements = update(policy, optimizer, batch, config, reference, geometry, curvature)
+    ended = time.perf_counter()
+    line |= changes | {
+        "lr": optimizer.param_groups[0]["lr"],
+        "seconds_rollout": sampled - began,
+        "seconds_update": ended - sampled,
+        "tokens_per_second": float(batch.sampled.lengths.sum()) / (ended - began),
+    }
+    return line, [a | b for a, b in zip(rows, measurements or [{}] * len(rows), strict=True)]
+
+
 def evaluate(
     policy: Policy, step: int, problems: list[Problem], reward: Reward, config: Config
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -1281,7 +1379,7 @@ def evaluate(
             part = problems[start : start + size]
             uniforms = draw(config, EVALUATE, 0, range(start, start + len(part)), 1)
             texts = completions(policy, rollout(policy, [problem.prompt for problem in part], uniforms, temperature))
-            rewards.append(score(texts, [problem.answer for problem in part], reward))
+            rewards.append(score(texts, [problem.answer for problem in part], reward, config.reward_timeout))
             if start == 0 and temperature:
                 rows = list(zip(part, texts, rewards[0].tolist(), strict=True))[:4]
                 samples = [{"step": step, "question": problem.question, "completion": text[0], "answer": problem.answer,
@@ -1330,7 +1428,8 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
 
     dataset: problems with columns question and answer (and solution, for a warm start) instead of the task's own;
     reward(completion, answer) -> float instead of the task's. Returns the last evaluation. Raises InputError for what
-    cannot be used, before anything is written, and RunError for a run that cannot go on.
+    cannot be used, before anything is written, RunError for a run that cannot go on, and its subclass Interrupted after
+    SIGINT or SIGTERM, which are noted from the first step to the last and answered between two.
     """
     reward, out = reward or TASKS[config.task].reward, Path(config.out)
     check_out(config)
@@ -1347,41 +1446,27 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
     # Only now, and at once, is there a run: before this it would start anew, from here on it can resume.
     (out / "config.json.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
     (out / "config.json.tmp").replace(out / "config.json")
-    usual = (1, 10) if policy.size <= SMALL else (25, 25)
-    chosen = (config.geometry_every, config.probe_every)
-    intervals = [every if every >= 0 else default for every, default in zip(chosen, usual, strict=True)]
     print(f"{config.task}, {len(problems):,} problems · {config.model}, {policy.size:,} parameters, {config.dtype} on "
           f"{config.device} · norm {config.norm} · {config.prompts} prompts × {config.group} completions", flush=True)
 
     bar = progress(range(start, config.steps), "training")
-    for step in bar:
-        if step % config.save_every == 0 and step > start:
-            save_checkpoint(out, policy, optimizer, step, skipped)
-        evaluation: dict[str, Any] = {}
-        if step == 0 or (config.eval_every and step % config.eval_every == 0):
-            evaluation, samples = evaluate(policy, step, held_out, reward, config)
-            append(out / "samples.jsonl", samples)
-        began = time.perf_counter()
-        batch = sample_batch(policy, step, problems, reward, config)
-        sampled = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-        line, rows = describe(batch, step)
-        due = [every > 0 and step % every == 0 for every in intervals]
-        changes, measurements = update(policy, optimizer, batch, config, reference, geometry=due[0], curvature=due[1])
-        ended = time.perf_counter()
-        line |= changes | {
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds_rollout": sampled - began,
-            "seconds_update": ended - sampled,
-            "tokens_per_second": float(batch.sampled.lengths.sum()) / (ended - began),
-            **evaluation,
-        }
-        append(out / "metrics.jsonl", [line])
-        append(out / "prompts.jsonl", [a | b for a, b in zip(rows, measurements or [{}] * len(rows), strict=True)])
-        show(bar, line, config)
-        skipped = skipped + 1 if line["skipped"] else 0
-        if skipped == 5:
-            raise RunError(f"no finite gradient in 5 steps in a row, up to step {step}; the last checkpoint is whole")
+    with signals_noted() as received:
+        for step in bar:
+            if received or (step % config.save_every == 0 and step > start):
+                save_checkpoint(out, policy, optimizer, step, skipped)
+            if received:
+                raise Interrupted(received[0], config.out)
+            evaluation: dict[str, Any] = {}
+            if step == 0 or (config.eval_every and step % config.eval_every == 0):
+                evaluation, samples = evaluate(policy, step, held_out, reward, config)
+                append(out / "samples.jsonl", samples)
+            line, rows = training_step(policy, optimizer, reference, problems, reward, step, config)
+            append(out / "metrics.jsonl", [line | evaluation])
+            append(out / "prompts.jsonl", rows)
+            show(bar, line | evaluation, config)
+            skipped = skipped + 1 if line["skipped"] else 0
+            if skipped == 5:
+                raise RunError(f"no finite gradient in 5 steps in a row, up to {step}; the last checkpoint is whole")
     return finish(policy, optimizer, skipped, held_out, reward, config)
 
 
@@ -1435,9 +1520,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"grpo.py: error: {error}", file=sys.stderr)
         return 2
-    except (RunError, OSError) as error:
+    except (RunError, OSError, SafetensorError) as error:
         print(f"grpo.py: stopped: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "status", 1)
+    except KeyboardInterrupt:  # before the first step, after the last, or the second one
+        print("grpo.py: stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return 0
 
 
