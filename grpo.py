@@ -7,6 +7,7 @@
     python grpo.py --task gsm8k --model DIR_OR_HUB_NAME --lr 1e-6
     python grpo.py --task math --data FILE.jsonl --model DIR
     python grpo.py --norm std --resume            # goes on where an interrupted run stopped
+    torchrun --nproc_per_node 2 grpo.py --norm std          # the same run, its prompts shared out to two processes
 
 A step: P prompts, G sampled completions each, rewards r [P, G], advantages A = (r - group mean) * scale, one ascent
 step on the policy gradient. `--norm` chooses the scale and nothing else:
@@ -25,7 +26,8 @@ the constant P*G, which is the gradient of the expected reward (GRPO as publishe
 DAPO: `token`, mean over the batch's tokens; Dr. GRPO: `--norm none --agg sequence` up to a constant factor); on-policy,
 one update a batch, so clipping acts only with `--epochs` > 1; no KL term unless `--kl` > 0 (k3 estimate).
 
-The file reads top to bottom: Config, the mathematics, tasks and rewards, the policy, rollout, update, files, training.
+The file reads top to bottom: Config, the mathematics, tasks and rewards, processes, the policy, rollout, update, files,
+training.
 The functions under "mathematics" need torch and their arguments alone: copy them.
 """
 
@@ -42,15 +44,17 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset, disable_progress_bars, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -130,6 +134,7 @@ class Config:
     device: str = setting("auto", "torch device; auto: cuda if there is one, else cpu")
     seed: int = setting(0, "of prompts' order and sampling")
     reward_timeout: float = setting(60.0, "seconds that one completion's reward may take; 0: no limit")
+    rank_timeout: float = setting(600.0, "seconds that one of torchrun's processes may keep the others waiting")
     sft_steps: int = setting(0, "supervised warm start on worked solutions; 0: 2000 for tiny, none else")
     sft_batch: int = setting(0, "solutions a warm-start step; 0: 64 for tiny, 16 else")
     sft_lr: float = setting(0.0, "peak rate of the warm start; 0: 6e-3 for tiny, 5e-5 else")
@@ -144,16 +149,16 @@ class Config:
     cache: str = setting("~/.cache/grpo", "where warm-started models are kept for later runs")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(type(self).__annotations__[field.name])
+        for name in (entry.name for entry in fields(self)):
+            value, allowed = getattr(self, name), get_args(type(self).__annotations__[name])
             if allowed and value not in allowed:
-                raise InputError(f"{field.name} is {value!r}, not one of {', '.join(allowed)}")
+                raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed)}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise InputError(f"{field.name} is {value}, not a finite number")
+                raise InputError(f"{name} is {value}, not a finite number")
             ones = ("prompts", "epochs", "micro_batch", "sketch", "save_every", "eval_problems")
-            least = {"group": 2, "geometry_every": -1, "probe_every": -1, **dict.fromkeys(ones, 1)}.get(field.name, 0)
+            least = {"group": 2, "geometry_every": -1, "probe_every": -1, **dict.fromkeys(ones, 1)}.get(name, 0)
             if isinstance(value, (int, float)) and value < least:
-                raise InputError(f"{field.name} is {value}, below {least}")
+                raise InputError(f"{name} is {value}, below {least}")
         if self.temperature == 0:
             raise InputError("temperature is 0: greedy completions are all alike and teach nothing")
         tiny = self.model == "tiny"
@@ -165,7 +170,8 @@ class Config:
         self.sft_steps = self.sft_steps or (2000 if tiny else 0)
         self.sft_batch = self.sft_batch or (64 if tiny else 16)
         self.sft_lr = self.sft_lr or (6e-3 if tiny else 5e-5)
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if self.device == "auto":  # of several processes on a machine each takes the GPU of its number
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -425,7 +431,7 @@ def plain_latex(text: str) -> str:
 def parse_number(text: str) -> Fraction | None:
     """The value of a plain_latex text that is one number, perhaps with currency, percent sign, unit or words."""
     found = NUMBER.fullmatch(BESIDE.sub(" ", text.rsplit("=", 1)[-1]).strip())
-    if not found or found[3] and int(found[3]) == 0:
+    if not found or len(found[0]) > MAX_SPAN or found[3] and int(found[3]) == 0:
         return None
     return Fraction(found[1] + found[2].replace(",", "")) / int(found[3] or 1)
 
@@ -576,6 +582,72 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+# -------------------------- Processes: the prompts are shared out, the sums are exchanged ---------------------------
+
+
+@dataclass
+class Team:
+    """The processes that torchrun started for this run; a single one without it.
+
+    All of them hold the policy and take the same steps. A process that does not come to an exchange within the time
+    limit ends it on all, with a RunError that names it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    limit: float = 0.0  # seconds
+    control: Any = None  # a gloo group: objects, and the barrier that tells who is missing
+
+    def share(self, count: int) -> range:
+        """This process's part of `count` things."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    @contextmanager
+    def exchange(self, limit: float) -> Iterator[None]:
+        """The body's collective operations, begun once all processes are here."""
+        try:
+            if self.size > 1:
+                dist.monitored_barrier(self.control, timedelta(seconds=limit), wait_all_ranks=True)
+            yield
+        except RuntimeError as error:
+            raise RunError(f"rank {self.rank} waited for the others: {first_line(error)}") from error
+
+    def gather(self, part: Any, limit: float | None = None) -> list[Any]:
+        """Every process's part, in the order of their ranks."""
+        parts: list[Any] = [part] * self.size
+        with self.exchange(limit or self.limit):
+            if self.size > 1:
+                dist.all_gather_object(parts, part, self.control)
+        return parts
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        """Replace each tensor by its sum over the processes."""
+        with self.exchange(self.limit):
+            for tensor in tensors if self.size > 1 else ():
+                dist.all_reduce(tensor)
+
+
+@contextmanager
+def team_of(config: Config) -> Iterator[Team]:
+    """The processes of this run. Raises InputError where there are more of them than prompts."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield Team()
+        return
+    if size > config.prompts:
+        raise InputError(f"{config.prompts} prompts a step are too few for {size} processes")
+    cuda = "cuda" in config.device
+    if cuda:
+        torch.cuda.set_device(config.device)
+    limit = timedelta(seconds=config.rank_timeout)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+    try:
+        control = dist.new_group(backend="gloo", timeout=limit) if cuda else dist.group.WORLD
+        yield Team(dist.get_rank(), size, config.rank_timeout, control)
+    finally:
+        dist.destroy_process_group()
+
+
 # ------------------- The policy: model, tokenizer, float32 masters, and the supervised warm start -------------------
 
 
@@ -587,6 +659,7 @@ class Policy:
     tokenizer: Any
     eos_ids: list[int]
     masters: dict[str, torch.Tensor]  # the model's own parameters when they are float32
+    team: Team = field(default_factory=Team)  # the processes that train it
 
     @property
     def size(self) -> int:
@@ -654,8 +727,14 @@ def from_pretrained(config: Config, path: str, dtype: str) -> tuple[Any, Any]:
         raise InputError(f"cannot load model {path}: {first_line(error)} {hint}") from error
 
 
-def load_policy(config: Config, rows: Dataset) -> Policy:
-    """The start policy: the named model, warm-started if asked for. Raises InputError."""
+WARM_START_LIMIT = 24 * 3600.0  # seconds that the other processes wait for it
+
+
+def load_policy(config: Config, rows: Dataset, team: Team) -> Policy:
+    """The start policy: the named model, warm-started if asked for, by the first process. Raises InputError."""
+    if config.sft_steps and team.rank == 0:
+        warm_start(config, rows)
+    team.gather("warm start", WARM_START_LIMIT)
     path = warm_start(config, rows) if config.sft_steps else config.model
     model, tokenizer = from_pretrained(config, str(path), config.dtype)
     model.eval()  # dropout would make the trained distribution another one than the sampled
@@ -668,7 +747,7 @@ def load_policy(config: Config, rows: Dataset) -> Policy:
         masters = {name: p.detach().float() for name, p in masters.items()}
     for master in masters.values():
         master.grad = torch.zeros_like(master)
-    return Policy(model, tokenizer, sorted(ends), masters)
+    return Policy(model, tokenizer, sorted(ends), masters, team)
 
 
 @dataclass
@@ -1003,6 +1082,12 @@ class Measured:
         gradients = torch.zeros(P, 2, width, device=policy.model.device)
         return cls(gradients, torch.full((P, 2), math.nan), torch.stack(stds, dim=1))
 
+    def join(self, team: Team) -> None:
+        """Take in what the other processes measured of their prompts."""
+        team.add([self.gradients])
+        self.curvature = torch.stack(team.gather(self.curvature)).nan_to_num(nan=-math.inf).amax(dim=0)
+        self.curvature = torch.where(self.curvature > -math.inf, self.curvature, math.nan)
+
 
 def halves(group: int) -> list[slice]:
     """The rows of the two halves of a group; an odd group's first half is the larger."""
@@ -1117,7 +1202,7 @@ def update(
     measured = Measured.of(policy, batch, config) if geometry or curvature else None
     old: dict[int, torch.Tensor] = {}
     for epoch in range(config.epochs):
-        for p in active:
+        for p in active[policy.team.rank :: policy.team.size]:
             if measured and defined and epoch == 0:
                 logprobs = measured_backward(policy, batch, p, weights, config, measured, curvature)
             else:
@@ -1128,11 +1213,15 @@ def update(
             if epoch == 0:
                 gap = max(gap, float((logprobs - sampled.logprobs[p][sampled.valid[p]]).abs().max()))
                 old |= {p: logprobs} if config.epochs > 1 else {}
+        policy.team.add(master.grad for master in masters)
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters, limit)) if finite else math.nan)
         if math.isfinite(norms[-1]):
             optimizer.step()
             policy.publish()
         optimizer.zero_grad(set_to_none=False)
+    gap = max(policy.team.gather(gap))
+    if measured:
+        measured.join(policy.team)
     line = {
         "grad_norm": sum(norms) / len(norms),
         "clipped": any(norm > limit for norm in norms),
@@ -1156,7 +1245,7 @@ def make_optimizer(policy: Policy, config: Config) -> Any:
 
 LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
 # Between a run and its resumption:
-MAY_CHANGE = ("steps", "eval_every", "save_every", "reward_timeout", "out", "resume", "cache")
+MAY_CHANGE = ("steps", "eval_every", "save_every", "reward_timeout", "rank_timeout", "out", "resume", "cache")
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1229,7 +1318,7 @@ def load_checkpoint(config: Config, policy: Policy, optimizer: Any) -> tuple[int
         master.data.copy_(tensors[f"weights.{name}"])
     policy.publish()
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    for name in LOGS:
+    for name in LOGS if policy.team.rank == 0 else ():
         os.truncate(out / name, sizes[name])
     return step, skipped
 
@@ -1258,9 +1347,10 @@ def check_out(config: Config) -> None:
         raise InputError(f"cannot write to {out}")
 
 
-def progress(steps: range, title: str) -> Any:
+def progress(steps: range, title: str, wanted: bool = True) -> Any:
     """The steps with a bar on a terminal, and without one elsewhere."""
-    return tqdm(steps, desc=title, disable=not sys.stderr.isatty(), initial=steps.start, total=steps.stop, leave=False)
+    hidden = not (wanted and sys.stderr.isatty())
+    return tqdm(steps, desc=title, disable=hidden, initial=steps.start, total=steps.stop, leave=False)
 
 
 # ----------------------------------------------------- Training -----------------------------------------------------
@@ -1309,12 +1399,18 @@ def draw(config: Config, purpose: int, step: int, rows: Sequence[int], group: in
 
 
 def sample_batch(policy: Policy, step: int, problems: list[Problem], reward: Reward, config: Config) -> Batch:
-    """Roll out the step's prompts and turn the rewards into advantages."""
+    """Roll out the step's prompts, each process its share, and turn the rewards into advantages."""
     ids = prompt_rows(step, config, len(problems))
-    prompts = [problems[i].prompt for i in ids]
-    sampled = rollout(policy, prompts, draw(config, TRAIN, step, range(len(ids)), config.group), config.temperature)
-    rewards = score(completions(policy, sampled), [problems[i].answer for i in ids], reward, config.reward_timeout)
-    return Batch(ids, prompts, sampled, rewards, group_advantages(rewards, config.norm))
+    prompts, mine = [problems[i].prompt for i in ids], policy.team.share(len(ids))
+    uniforms = draw(config, TRAIN, step, mine, config.group)
+    part = rollout(policy, [prompts[p] for p in mine], uniforms, config.temperature)
+    answers = [problems[ids[p]].answer for p in mine]
+    rewards = score(completions(policy, part), answers, reward, config.reward_timeout)
+    parts = policy.team.gather(([getattr(part, entry.name).cpu() for entry in fields(part)], rewards))
+    columns = zip(*(tensors for tensors, _ in parts), strict=True)
+    joined = (torch.cat(tensors).to(policy.model.device) for tensors in columns)
+    rewards = torch.cat([rewards for _, rewards in parts])
+    return Batch(ids, prompts, Rollout(*joined), rewards, group_advantages(rewards, config.norm))
 
 
 def describe(batch: Batch, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -1373,18 +1469,19 @@ def evaluate(
     Every evaluation uses the same random numbers, so that what differs between two of them is the policy.
     """
     rates, samples, size = {}, [], config.prompts * config.group  # as many rows at once as in training
+    mine = policy.team.share(len(problems))
     for key, temperature in (("eval_pass_rate", config.temperature), ("eval_greedy", 0.0)):
-        rewards = []
-        for start in range(0, len(problems), size):
-            part = problems[start : start + size]
-            uniforms = draw(config, EVALUATE, 0, range(start, start + len(part)), 1)
+        rewards = [torch.zeros(0, 1, dtype=torch.float64)]
+        for start in range(mine.start, mine.stop, size):
+            rows = range(start, min(start + size, mine.stop))
+            part, uniforms = problems[rows.start : rows.stop], draw(config, EVALUATE, 0, rows, 1)
             texts = completions(policy, rollout(policy, [problem.prompt for problem in part], uniforms, temperature))
             rewards.append(score(texts, [problem.answer for problem in part], reward, config.reward_timeout))
             if start == 0 and temperature:
-                rows = list(zip(part, texts, rewards[0].tolist(), strict=True))[:4]
+                first = list(zip(part, texts, rewards[1].tolist(), strict=True))[:4]
                 samples = [{"step": step, "question": problem.question, "completion": text[0], "answer": problem.answer,
-                            "reward": value[0]} for problem, text, value in rows]
-        rates[key] = pass_rates(torch.cat(rewards)).mean().item()
+                            "reward": value[0]} for problem, text, value in first]
+        rates[key] = pass_rates(torch.cat(policy.team.gather(torch.cat(rewards)))).mean().item()
     return rates, samples
 
 
@@ -1431,39 +1528,60 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
     cannot be used, before anything is written, RunError for a run that cannot go on, and its subclass Interrupted after
     SIGINT or SIGTERM, which are noted from the first step to the last and answered between two.
     """
-    reward, out = reward or TASKS[config.task].reward, Path(config.out)
+    reward = reward or TASKS[config.task].reward
     check_out(config)
     splits = load_problems(config, dataset, reward)
-    policy = load_policy(config, splits[0])
-    problems, held_out = (encode_problems(rows, policy.model, policy.tokenizer, config) for rows in splits)
-    reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
-    optimizer = make_optimizer(policy, config)
-    start = skipped = 0
+    with team_of(config) as team:
+        policy = load_policy(config, splits[0], team)
+        problems, held_out = (encode_problems(rows, policy.model, policy.tokenizer, config) for rows in splits)
+        return train_policy(policy, problems, held_out, reward, config)
+
+
+def begin(policy: Policy, optimizer: Any, problems: int, config: Config) -> tuple[int, int]:
+    """Start the run in --out or take it up again; returns the next step and the updates skipped in a row."""
+    out, start, skipped = Path(config.out), 0, 0
+    policy.team.gather("begin")  # all have seen what is in --out before the first process writes there
     if config.resume:
         start, skipped = load_checkpoint(config, policy, optimizer)
-    else:
-        save_checkpoint(out, policy, optimizer, start, skipped)
-    # Only now, and at once, is there a run: before this it would start anew, from here on it can resume.
-    (out / "config.json.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    (out / "config.json.tmp").replace(out / "config.json")
-    print(f"{config.task}, {len(problems):,} problems · {config.model}, {policy.size:,} parameters, {config.dtype} on "
-          f"{config.device} · norm {config.norm} · {config.prompts} prompts × {config.group} completions", flush=True)
+    if policy.team.rank == 0:
+        if not config.resume:
+            save_checkpoint(out, policy, optimizer, start, skipped)
+        # Only now, and at once, is there a run: before this it would start anew, from here on it can resume.
+        (out / "config.json.tmp").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        (out / "config.json.tmp").replace(out / "config.json")
+        print(f"{config.task}, {problems:,} problems · {config.model}, {policy.size:,} parameters, {config.dtype} on "
+              f"{config.device} · norm {config.norm} · {config.prompts} prompts × {config.group} completions"
+              + f" · {policy.team.size} processes" * (policy.team.size > 1), flush=True)
+    return start, skipped
 
-    bar = progress(range(start, config.steps), "training")
+
+def train_policy(
+    policy: Policy, problems: list[Problem], held_out: list[Problem], reward: Reward, config: Config
+) -> dict[str, Any]:
+    """All steps; the first process logs and saves. Returns the last evaluation."""
+    out, team = Path(config.out), policy.team
+    reference = copy.deepcopy(policy.model).requires_grad_(False) if config.kl > 0 else None
+    optimizer = make_optimizer(policy, config)
+    start, skipped = begin(policy, optimizer, len(problems), config)
+    first = team.rank == 0
+    bar = progress(range(start, config.steps), "training", first)
     with signals_noted() as received:
         for step in bar:
-            if received or (step % config.save_every == 0 and step > start):
+            stop = max(team.gather(max(received, default=0)))  # together: all have taken the same steps
+            if first and (stop or (step % config.save_every == 0 and step > start)):
                 save_checkpoint(out, policy, optimizer, step, skipped)
-            if received:
-                raise Interrupted(received[0], config.out)
+            if stop:
+                raise Interrupted(stop, config.out)
             evaluation: dict[str, Any] = {}
+            samples: list[dict[str, Any]] = []
             if step == 0 or (config.eval_every and step % config.eval_every == 0):
                 evaluation, samples = evaluate(policy, step, held_out, reward, config)
-                append(out / "samples.jsonl", samples)
             line, rows = training_step(policy, optimizer, reference, problems, reward, step, config)
-            append(out / "metrics.jsonl", [line | evaluation])
-            append(out / "prompts.jsonl", rows)
-            show(bar, line | evaluation, config)
+            if first:
+                append(out / "samples.jsonl", samples)
+                append(out / "metrics.jsonl", [line | evaluation])
+                append(out / "prompts.jsonl", rows)
+                show(bar, line | evaluation, config)
             skipped = skipped + 1 if line["skipped"] else 0
             if skipped == 5:
                 raise RunError(f"no finite gradient in 5 steps in a row, up to {step}; the last checkpoint is whole")
@@ -1490,8 +1608,11 @@ def finish(
 ) -> dict[str, Any]:
     """Last checkpoint, last evaluation, saved model and the closing table; returns the evaluation."""
     out = Path(config.out)
-    save_checkpoint(out, policy, optimizer, config.steps, skipped)
+    if policy.team.rank == 0:
+        save_checkpoint(out, policy, optimizer, config.steps, skipped)
     after, samples = evaluate(policy, config.steps, problems, reward, config)
+    if policy.team.rank > 0:
+        return after
     append(out / "samples.jsonl", samples)
     append(out / "metrics.jsonl", [{"step": config.steps, **after}])
     policy.model.save_pretrained(out / "model")
@@ -1521,7 +1642,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"grpo.py: error: {error}", file=sys.stderr)
         return 2
     except (RunError, OSError, SafetensorError) as error:
-        print(f"grpo.py: stopped: {error}", file=sys.stderr)
+        print(f"grpo.py: stopped: {error}", file=sys.stderr, flush=True)
         return getattr(error, "status", 1)
     except KeyboardInterrupt:  # before the first step, after the last, or the second one
         print("grpo.py: stopped by Ctrl-C", file=sys.stderr)

@@ -12,9 +12,11 @@ import pickle
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
+import zlib
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from fractions import Fraction
@@ -496,6 +498,10 @@ HOSTILE = [
     "٣", "\0", "$" * 999,
 ]
 # fmt: on
+
+
+def test_a_gold_answer_too_long_for_a_number_is_none():
+    assert grpo.grade("#### 7", "9" * 10**6) == 0 and grpo.parse_number("9" * 301) is None
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
@@ -1719,6 +1725,109 @@ def test_analysis_bears_damaged_logs(examples, tmp_path):
         analyze.detect_phases(run.log["reward_std"], run.log["sampled"], run.log["pass_rate"], run.log.index, draws=2)
 
     check()
+
+
+# -------------------------------------------------- several processes -------------------------------------------------
+
+
+def fingerprint(completion: str, answer: str) -> float:
+    """A reward in [0, 1) that tells almost any two completions apart: equal rewards mean equal tokens."""
+    return zlib.crc32(completion.encode()) % 9973 / 9973
+
+
+def one_rank(settings: dict, rank: int, size: int, port: int, fault: str, folder: str) -> None:
+    """One of the processes that torchrun would start; its error goes to a file. fault: what befalls the last one."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    calls = SimpleNamespace(left=40)
+
+    def reward(completion, answer):
+        calls.left -= 1
+        if fault and rank == size - 1 and calls.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL) if fault == "dies" else time.sleep(60)
+        return fingerprint(completion, answer)
+
+    try:
+        grpo.train(Config(**settings), grpo.make_arith(1, size=300)[0], reward)
+    except Exception as error:
+        (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def run_team(settings: dict, size: int, folder: Path, fault: str = "") -> list[int]:
+    """Exit statuses of a run in `size` processes."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["grpo", "test_grpo"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        server.Process(target=one_rank, args=(settings, rank, size, port, fault, str(folder))) for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes if not fault else processes[:-1]:
+        process.join(120)
+    processes[-1].kill()
+    processes[-1].join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize(
+    ("norm", "agg", "sizes"),
+    [("batch", "token", [2])]
+    + [
+        pytest.param(norm, agg, [2, 3], marks=slow)
+        for norm in ("none", "std", "var", "batch")
+        for agg in ("sequence", "mean", "token")
+    ],
+)
+def test_the_number_of_processes_changes_nothing(settings, norm, agg, sizes, tmp_path):
+    """Four prompts in 1, 2 and 3 processes: the same tokens at every step, the same weights, the same measurements."""
+    settings |= dict(norm=norm, agg=agg, steps=5, prompts=4, group=6, optimizer="sgd", lr=0.02, probe_every=2)
+    runs = {}
+    for size in (1, *sizes):
+        out = str(tmp_path / f"of-{size}")
+        assert run_team(settings | {"out": out}, size, tmp_path) == [0] * size
+        weights = load_file(Path(out) / "checkpoint" / "state.safetensors")
+        runs[size] = (read(out), read(out, "prompts.jsonl"), read(out, "samples.jsonl"), weights)
+    metrics, prompts, samples, weights = runs.pop(1)
+    assert max(row["grad_norm"] for row in metrics[:-1]) > 0.01
+    for others in runs.values():
+        for ours, theirs in ((others[0], metrics), (others[1], prompts)):
+            assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+            for a, b in zip(ours, theirs, strict=True):
+                for key in a.keys() - {"logprob_gap", "curvature_corr"}:
+                    left, right = (np.array(row[key], float) for row in (a, b))  # None becomes NaN
+                    exact = key in ("reward", "prompt", "pass_rate", "eval_pass_rate", "eval_greedy", "length")
+                    tolerance = dict(rtol=1e-12, atol=0) if exact else dict(rtol=1e-2, atol=1e-4)
+                    assert np.allclose(left, right, **tolerance, equal_nan=True), key
+        assert others[2] == samples
+        assert max(float((others[3][key] - weights[key]).abs().max()) for key in weights) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["dies", pytest.param("hangs", marks=slow)])
+def test_a_rank_that_fails_ends_the_run_on_all_and_is_named(settings, fault, tmp_path):
+    """40 rewards in: after the evaluations' 6 and in the fourth step of 9; the checkpoint is that of step 2."""
+    settings |= dict(
+        prompts=4, group=6, optimizer="sgd", save_every=2, rank_timeout=5.0, reward_timeout=0.0, eval_every=0
+    )
+    whole = settings | {"out": settings["out"] + "-whole"}
+    assert run_team(whole, 1, tmp_path) == [0]
+    began = time.perf_counter()
+    assert run_team(settings, 3, tmp_path, fault)[:2] == [1, 1]
+    assert time.perf_counter() - began < 60
+    assert "rank 0 waited for the others: [Rank 0]: Ranks 2 failed" in (tmp_path / "error-0").read_text()
+    assert run_team(settings | {"resume": True}, 2, tmp_path) == [0, 0]
+    ours, theirs = ([row["reward"] for row in read(path)[:-1]] for path in (settings["out"], whole["out"]))
+    assert len(ours) == 10 and ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_more_processes_than_prompts_are_refused(train, settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="3 prompts a step are too few for 4 processes"):
+        train(Config(**settings))
 
 
 # ----------------------------------------------- command line and bad input -------------------------------------------
