@@ -14,12 +14,14 @@ The file reads top to bottom: reading logs, phases, the curvature law, compariso
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,9 @@ from matplotlib import ticker  # noqa: E402
 
 # ---------------------------------------------------- Reading logs ----------------------------------------------------
 
-KEYS = ["pass_rate", "reward_std", "cos_abs", "interference", "signal_share", "predicted_gain", "eval_pass_rate"]
-# Settings in which runs that are compared may differ: what is compared, and what changes no number.
+KEYS = ["pass_rate", "reward", "reward_std", "cos_abs", "interference", "signal_share", "predicted_gain",
+        "eval_pass_rate"]
+# Settings in which runs that are compared may differ: what is compared, and what changes nothing in training.
 FREE = ("norm", "seed", "lr", "out", "resume", "cache", "save_every", "eval_every")
 
 
@@ -48,7 +51,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     log: pd.DataFrame  # index: step; columns: KEYS and sampled, corrected; NaN where a step did not measure
-    halves: pd.DataFrame  # step; pass rate and sigma of one half of a group; variance and curvature of the other
+    halves: pd.DataFrame  # step; pass rate, sigma of the half that gave a direction; variance, curvature of the other
     skipped: int  # lines that could not be read
 
 
@@ -76,11 +79,13 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def corrected_cosine(log: pd.DataFrame, prompts: int) -> pd.Series:
     """Cosine of two prompts' gradients without sampling noise: mean inner product over mean squared norm of the signal.
 
-    A step's own signal share comes close to 0 late in training: the running mean of 25 measured steps stands below.
+    A step's own signal share comes close to 0 late in training: the running mean of 25 measured steps stands below the
+    line, and where that is not two standard errors above 0 there is no signal to speak of, and NaN.
     """
     measured = log.dropna(subset=["interference", "signal_share"])
-    share = measured["signal_share"].rolling(25, center=True, min_periods=1).mean()
-    return (measured["interference"] - 1) / max(1, prompts - 1) / share.where(share > 0)
+    window = measured["signal_share"].rolling(25, center=True, min_periods=1)
+    share = window.mean()
+    return (measured["interference"] - 1) / max(1, prompts - 1) / share.where(share > 2 * window.sem().fillna(0))
 
 
 def read_halves(rows: list[dict[str, Any]], group: int) -> pd.DataFrame:
@@ -93,7 +98,8 @@ def read_halves(rows: list[dict[str, Any]], group: int) -> pd.DataFrame:
             for one, other in ((0, 1), (1, 0)):
                 variance = std[other] ** 2 * sizes[other] / max(1, sizes[other] - 1)
                 found.append((row["step"], rate[one], std[one], variance, curvature[one]))
-    return pd.DataFrame(found, columns=["step", "rate", "sigma", "variance", "curvature"], dtype=float).dropna()
+    table = pd.DataFrame(found, columns=["step", "rate", "sigma", "variance", "curvature"], dtype=float).dropna()
+    return table[table["sigma"] > 0]
 
 
 def read_run(path: Path) -> Run:
@@ -101,16 +107,19 @@ def read_run(path: Path) -> Run:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         metrics, skipped = read_lines(path / "metrics.jsonl")
-        rows, more = read_lines(path / "prompts.jsonl")
+        rows, more = read_lines(path / "prompts.jsonl") if (path / "prompts.jsonl").exists() else ([], 0)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     numbers = [config.get(name) for name in ("prompts", "group", "seed")] if isinstance(config, dict) else [None]
-    if not all(type(value) is int for value in numbers) or not isinstance(config.get("norm"), str):
+    valid = all(type(value) is int and 0 <= value < 2**31 for value in numbers) and 0 not in numbers[:2]
+    if not valid or not isinstance(config.get("norm"), str):
         raise ValueError(f"{path}: config.json does not name norm, seed, prompts and group")
     lines = {row["step"]: [number(row.get(key)) for key in KEYS] for row in metrics}  # of a repeated step the last
     log = pd.DataFrame.from_dict(lines, orient="index", columns=KEYS).sort_index()
     if log["reward_std"].notna().sum() == 0:
         raise ValueError(f"{path}: metrics.jsonl has no step")
+    if log["pass_rate"].isna().all():  # rewards outside 0 and 1 have none
+        log["pass_rate"] = log["reward"]
     log["sampled"], log["corrected"] = 1 - log["cos_abs"], 1 - corrected_cosine(log, config["prompts"])
     return Run(path, config, log, read_halves(rows, config["group"]), skipped + more)
 
@@ -118,6 +127,7 @@ def read_run(path: Path) -> Run:
 # ------------------------------------------------------- Phases -------------------------------------------------------
 
 SHORTEST = 30  # steps below which there is nothing to split
+NAMES = ("reward deviation", "orthogonality")
 
 
 def split(series: np.ndarray, segments: int, least: int) -> list[int]:
@@ -154,16 +164,14 @@ def log_likelihood(y: np.ndarray, columns: np.ndarray) -> float:
     return -len(error) / 2 * math.log(max(error @ error / len(error), 1e-12))
 
 
-def best_smooth(y: np.ndarray) -> tuple[float, str]:
-    """Score and name of the best monotone curve through a series [n]: linear, exponential or logistic.
+def best_smooth(y: np.ndarray, step: np.ndarray) -> tuple[float, str]:
+    """Score and name of the best rival of three levels for a series [n]: a straight line, an exponential or a logistic
+    curve, the first two also with one step, at the given place (an indicator, [n]).
 
-    The score is the log-likelihood minus ln(n)/2 a parameter (BIC, Schwarz 1978), in nats.
+    The score is the log-likelihood in nats less ln(n)/2 a parameter (BIC, Schwarz 1978).
     """
     n = len(y)
-    t, price = np.linspace(0, 1, n), math.log(n) / 2
-
-    def fit(shape: np.ndarray) -> float:
-        return log_likelihood(y, np.stack([np.ones(n), shape], axis=1))
+    t, one, price = np.linspace(0, 1, n), np.ones(n), math.log(n) / 2
 
     def decay(x: np.ndarray) -> np.ndarray:
         return np.exp(-t * math.exp(min(x[0], 7.0)))
@@ -171,10 +179,19 @@ def best_smooth(y: np.ndarray) -> tuple[float, str]:
     def logistic(x: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(np.clip((t - x[0]) / math.exp(np.clip(x[1], -8, 3)), -60, 60)))
 
-    found = {"linear": fit(t) - 2 * price}
-    for name, shape, ranges in (("exponential", decay, [(-1, 5)]), ("logistic", logistic, [(0, 1), (-5.5, -0.5)])):
-        *_, lowest, _, _ = optimize.brute(lambda x, f=shape: -fit(f(x)), ranges, Ns=8, full_output=True)
-        found[name] = -float(lowest) - (2 + len(ranges)) * price
+    found = {}
+    for end, more in (("", []), (" and a step", [step])):
+        columns = np.stack([one, t, *more], axis=1)
+        found["straight line" + end] = log_likelihood(y, columns) - (2 + 2 * len(more)) * price
+        for name, shape, ranges in (("exponential", decay, [(-1, 5)]), ("logistic", logistic, [(0, 1), (-5.5, -0.5)])):
+            if more and shape is logistic:  # a steep one and a step are three levels
+                continue
+
+            def left(x: np.ndarray, shape: Any = shape, more: list[np.ndarray] = more) -> float:
+                return -log_likelihood(y, np.stack([one, shape(x), *more], axis=1))
+
+            *_, lowest, _, _ = optimize.brute(left, ranges, Ns=8, full_output=True)
+            found[name + end] = -float(lowest) - (2 + len(ranges) + 2 * len(more)) * price
     name = max(found, key=lambda key: found[key])
     return found[name], name
 
@@ -246,9 +263,9 @@ def detect_phases(
     II and III), `intervals` (95%, block bootstrap), `levels`, whether or not the data support it. `segments` is how
     many they do support: 1, 2 or 3 levels by log-likelihood with AR(1) noise, less ln(n)/2 nats a level and ln(n) a
     boundary, one of n places. `p_value` is that of the last of these segments (of a second, if there is one), by block
-    permutation. Found means: three segments, p below 0.05, better than any smooth monotone curves of the two series;
-    both fall from I to III, with 95% intervals below 0; and the pass rate rises fastest in I. `reason` says in one
-    sentence what was found or which of this failed. Raises ValueError for unequal lengths.
+    permutation. Found means: three segments, p below 0.05; in either series three levels do better than smooth monotone
+    curves and than one step with a decay; both fall from I to III, with 95% intervals below 0; and the pass rate rises
+    fastest in I. `reason` says what was found or which of this failed. Raises ValueError for unequal lengths.
     """
     columns = [np.asarray(x, float) for x in (reward_std, orthogonality)]
     columns += [np.full(len(columns[0]), math.nan) if pass_rate is None else np.asarray(pass_rate, float)]
@@ -259,8 +276,7 @@ def detect_phases(
     table = table[np.isfinite(table[:, [0, 1, 3]]).all(axis=1)]  # [n, 4]
     result: dict[str, Any] = {"found": False, "segments": 1, "boundaries": [], "intervals": [], "p_value": math.nan,
                               "levels": [], "reason": ""}
-    names = ("reward deviation", "orthogonality")
-    constant = [name for name, column in zip(names, table.T, strict=False) if len(np.unique(column)) < 2]
+    constant = [name for name, column in zip(NAMES, table.T, strict=False) if len(np.unique(column)) < 2]
     if len(table) < SHORTEST or constant:
         short = f"{len(table)} steps have both measures, {SHORTEST} are needed"
         return result | {"reason": short if len(table) < SHORTEST else f"constant: {' and '.join(constant)}"}
@@ -278,10 +294,11 @@ def decide(
     n, spread = len(series), series.std(axis=0)
     scaled, least = (series - series.mean(axis=0)) / spread, max(5, len(series) // 20)
     breaks = {k: split(scaled, k, least) for k in (1, 2, 3)}
-    scores = {k: sum(log_likelihood(y, level_columns(n, breaks[k])) for y in scaled.T) - (2 * k - 1) * math.log(n)
-              for k in breaks}  # k levels of two series at ln(n)/2 each, k - 1 boundaries at ln(n)
-    segments = max(scores, key=lambda k: scores[k])
-    smooth = [best_smooth(y) for y in scaled.T]
+    # Nats, a row a series: ln(n)/2 a level, and ln(n), for one of n places, a boundary that the two series share.
+    scores = {k: np.array([log_likelihood(y, level_columns(n, breaks[k])) for y in scaled.T])
+              - (k / 2 + (k - 1) / 2) * math.log(n) for k in breaks}
+    segments = max(scores, key=lambda k: scores[k].sum())
+    smooth = [best_smooth(y, level_columns(n, breaks[2])[:, 1]) for y in scaled.T]
     p_value = permutation_p(scaled, max(2, segments), least, draws, rng)
     first, last = breaks[3]
     found, changes = resample_split(scaled, breaks[3], least, draws, rng)
@@ -294,17 +311,16 @@ def decide(
     failed = [words[segments - 1]] if segments < 3 else []
     if segments == 3 and p_value >= 0.05:
         failed.append(f"the third segment may be chance (p = {p_value:.2f})")
-    if (lead := sum(score for score, _ in smooth) - scores[3]) >= 0:
-        curves = " and ".join(name for _, name in smooth)
-        failed.append(f"smooth curves ({curves}) beat three levels by {lead:.0f} nats")
-    for name, change, a, b in zip(("reward deviation", "orthogonality"), fall, low, high, strict=True):
-        if b >= 0:
-            failed.append(f"{name} did not fall: {change:+.3f} [{a:.3f}, {b:.3f}]")
+    for i, name in enumerate(NAMES):
+        if (lead := smooth[i][0] - scores[3][i]) >= 0:
+            failed.append(f"{name}: {smooth[i][1]} beats three levels by {lead:.0f} nats")
+        if high[i] >= 0:
+            failed.append(f"{name} did not fall: {fall[i]:+.3f} [{low[i]:.3f}, {high[i]:.3f}]")
     if np.isfinite(rises).all() and not rises[0] > max(rises[1:]):
         failed.append("the pass rate does not rise fastest in I: " + ", ".join(f"{100 * x:+.2f}" for x in rises)
                       + " in 100 steps of I, II, III")
     good = (f"reward deviation {fall[0]:+.3f} [{low[0]:.3f}, {high[0]:.3f}] and orthogonality {fall[1]:+.3f} "
-            f"[{low[1]:.3f}, {high[1]:.3f}] from I to III, {-lead:.0f} nats better than smooth curves")
+            f"[{low[1]:.3f}, {high[1]:.3f}] from I to III")
     if not np.isfinite(rises).all():
         good += "; the pass rate was not checked"
     return {
@@ -339,10 +355,10 @@ def curvature_law(
     curvature, which is proportional to its own variance and would make a law of nothing; variance: unbiased reward
     variance of the other half; cluster: what was measured together, resampled as one (95% bootstrap intervals).
 
-    alpha: against the bins' sigma, which is noisy, so that a law comes out too flat; alpha_corrected: against the root
-    of the bins' mean variance of the other half, free of that noise. `verdict`: "undetermined" where the interval of
-    alpha is wider than 1 or reaches the end of EXPONENTS, as it does where the averages change their sign. bins:
-    sigma, mean, standard error, envelope (90% quantile of |curvature|), n.
+    alpha: against the root of the bins' mean variance of the other half, free of the noise of sigma (exact for 2, some
+    tenths off far from it); alpha_raw: against sigma itself, whose noise makes any law too flat. `verdict`, of alpha:
+    "undetermined" where its interval is wider than 1 or reaches the end of EXPONENTS. bins: sigma, mean, standard
+    error, envelope (90% quantile of |curvature|), n.
     """
     values = np.unique(sigma.round(9))
     edges = values if len(values) <= 8 else np.unique(np.quantile(sigma, np.linspace(0, 1, 9))[:-1])
@@ -369,12 +385,16 @@ def curvature_law(
     full = (drawn[0] > 0).all(axis=1) & (drawn[2] > 0).all(axis=1)
     count, sigmas, variances, means = drawn[0, full], drawn[1, full], drawn[2, full], drawn[3, full]
     weights = 1 / np.maximum(errors, 1e-9 * np.abs(curvature).max() + 1e-100) ** 2
-    for name, x in (("alpha", sigmas / count), ("alpha_corrected", np.sqrt(variances / count))):
+    for name, x in (("alpha_raw", sigmas / count), ("alpha", np.sqrt(variances / count))):
         found = power_law(x, means / count, weights)
         low, high = np.quantile(found[1:], [0.025, 0.975])
         result |= {name: float(found[0]), f"{name}_interval": [float(low), float(high)]}
     low, high = result["alpha_interval"]
-    if high - low <= 1 and EXPONENTS[0] < low and high < EXPONENTS[-1]:
+    sure = {float(np.sign(group.mean())) for group, error in zip(groups, errors, strict=True)
+            if abs(group.mean()) > 2 * error}
+    if len(sure) == 2:
+        result["verdict"] = "no power law, the mean changes its sign"
+    elif high - low <= 1 and EXPONENTS[0] < low and high < EXPONENTS[-1]:
         held = [str(reference) for reference in (1, 2) if low <= reference <= high]
         result["verdict"] = f"agrees with {' and '.join(held)}" if held else "neither 1 nor 2"
     return result
@@ -414,6 +434,11 @@ def windows(table: Any, count: int = 30) -> Any:
     width = max(1, math.ceil((table.index[-1] + 1) / count))
     means = table.groupby(table.index // width).mean()
     return means.set_axis(means.index * width + (width - 1) / 2)
+
+
+def all_reached(steps: Sequence[float]) -> list[float]:
+    """mean_interval of steps to a target, or of what is computed from them; NaN unless every run has reached it."""
+    return mean_interval(steps) if all(map(math.isfinite, steps)) else [math.nan] * 3
 
 
 def curve(table: pd.DataFrame) -> list[list[float]]:
@@ -481,41 +506,54 @@ def against_none(ours: list[Run], others: list[Run], target: float, phases: dict
         levels = np.linspace(min(start, target), target, 6)
         fast, slow = reach(run, levels), reach(other, levels)
         measured.append([slow[-1] / fast[-1], predicted(other, 0, slow[-1])])
-        rises = np.where(np.diff(fast) > 0, np.diff(fast), math.nan)
-        bands.append([[b - a, predicted(other, a, b)] for a, b in zip(slow, slow[1:], strict=False)])
-        bands[-1] = [[took / rise, gain] for (took, gain), rise in zip(bands[-1], rises, strict=True)]
+        took, needed = (np.where(np.diff(x) > 0, np.diff(x), math.nan) for x in (slow, fast))
+        foreseen = [predicted(other, a, b) for a, b in zip(slow, slow[1:], strict=False)]
+        bands.append(np.stack([took / needed, foreseen], axis=1).tolist())
     return {
         "pairs": len(pairs), "gain": curve(gains),
         "final_gain": mean_interval([last_tenth(run) - last_tenth(other) for run, other in pairs]),
         "growth": [mean_interval([row[i] for row in grown]) for i in range(3)],
         "growth_III_less_I": mean_interval([row[2] - row[0] for row in grown]),
-        "speed_up": np.exp(mean_interval(np.log([ratio for ratio, _ in measured]))).tolist(),
-        "predicted_speed_up": mean_interval([gain for _, gain in measured]),
+        "speed_up": np.exp(all_reached(np.log([ratio for ratio, _ in measured]).tolist())).tolist(),
+        "predicted_speed_up": all_reached([gain for _, gain in measured]),
         "measured": measured, "bands": bands,
     }
 
 
-def compare(runs: list[Run], phases: dict[str, Any], target: float | None) -> dict[str, Any]:
-    """Runs that differ in norm, seed and learning rate alone: each norm at its best rate, and against `none`."""
-    arms: dict[str, dict[float, list[Run]]] = {}
+def compare(runs: list[Run], phases: dict[str, Any], decides: str, target: float | None) -> dict[str, Any]:
+    """Runs that differ in norm, seed and learning rate alone: each norm at its best rate, and against `none`.
+
+    All up to the last step that each of them has, and one run a norm, rate and seed.
+    """
+    short = len({int(run.log.index[-1]) for run in runs}) > 1  # some were stopped, or are still running
+    last = min(int(run.log["reward_std"].last_valid_index() if short else run.log.index[-1]) for run in runs)
+    arms: dict[str, dict[float, dict[int, Run]]] = {}
     for run in runs:
-        arms.setdefault(run.config["norm"], {}).setdefault(number(run.config.get("lr")), []).append(run)
-    best = {norm: max(rates, key=lambda lr: np.mean([run.log["pass_rate"].mean() for run in rates[lr]]))
-            for norm, rates in arms.items()}
-    chosen = {norm: arms[norm][best[norm]] for norm in arms}
+        cut = replace(run, log=run.log.loc[:last], halves=run.halves[run.halves["step"] <= last])
+        by_rate = arms.setdefault(run.config["norm"], {})
+        by_rate.setdefault(number(run.config.get("lr")), {}).setdefault(run.config["seed"], cut)
+    best = {norm: max(by_rate, key=lambda lr: np.mean([run.log["pass_rate"].mean() for run in by_rate[lr].values()]))
+            for norm, by_rate in arms.items()}
+    chosen = {norm: list(arms[norm][best[norm]].values()) for norm in arms}
     finals = {norm: [last_tenth(run) for run in arm] for norm, arm in chosen.items()}
     goal = float(0.9 * min(np.mean(rates) for rates in finals.values())) if target is None else target
-    norms = {
-        norm: {
+    norms = {}
+    for norm, arm in chosen.items():
+        steps = [float(reach(run, np.array([goal]))[0]) for run in arm]
+        norms[norm] = {
             "lr": best[norm], "rates": sorted(arms[norm]), "runs": [str(run.path) for run in arm],
             "curve": curve(windows(together(arm, "pass_rate"))), "pass_rate": mean_interval(finals[norm]),
             "held_out": mean_interval([[math.nan, *run.log["eval_pass_rate"].dropna()][-1] for run in arm]),
-            "steps_to_target": mean_interval([reach(run, np.array([goal]))[0] for run in arm]),
-            "phases": run_phases(arm),
-        } for norm, arm in chosen.items()}
+            "steps_to_target": all_reached(steps), "reached": int(np.isfinite(steps).sum()),
+            "phases": run_phases(arm) if len(arm) > 1 else phases[str(arm[0].path)],
+        }
+    used = [run for rates in arms.values() for by_seed in rates.values() for run in by_seed.values()]
     others = [norm for norm in chosen if norm != "none" and "none" in chosen]
-    return {"target": goal, "norms": norms, "law": curvature_laws(runs),
-            "against_none": {norm: against_none(chosen[norm], chosen["none"], goal, phases) for norm in others}}
+    splits = {path: found[decides] for path, found in phases.items()}
+    return {"last_step": last, "cut": short, "target": goal, "norms": norms,
+            "law": curvature_laws(used),
+            "twice": sorted(str(run.path) for run in runs if run.path not in {run.path for run in used}),
+            "against_none": {norm: against_none(chosen[norm], chosen["none"], goal, splits) for norm in others}}
 
 
 def run_phases(runs: list[Run]) -> dict[str, dict[str, Any]]:
@@ -536,8 +574,9 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     differ = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     groups: dict[str, list[Run]] = {}
     for run, config in zip(runs, configs, strict=True):
-        title = ", ".join(f"{name} {config.get(name)}" for name in differ or ("task", "model") if name in config)
-        groups.setdefault(title or "all runs", []).append(run)
+        told = [name for name in differ or ("task", "model") if name in config]
+        title = ", ".join(f"{name} {' '.join(str(config[name]).split())[:40]}" for name in told) or "equal settings"
+        groups.setdefault(title, []).append(run)
     return groups
 
 
@@ -549,19 +588,25 @@ def show(values: Sequence[float], digits: int = 3) -> str:
     return f"{values[0]:.{digits}f}{interval}"
 
 
+KINDS = {"sampled": "1 − mean |cos|, as sampled", "corrected": "1 − cosine, noise removed"}
+ORDINALS = ("", "second", "second", "third")  # the segment that a p-value is about, by the number supported
+
+
 def phase_lines(name: str, phases: dict[str, Any], decides: str) -> list[str]:
     """What the report says of a run's phases."""
     lines = ["", f"**{name}: {'three phases found' if phases[decides]['found'] else 'not found'}**", ""]
-    for kind, title in (("sampled", "1 − mean |cos|, as sampled"), ("corrected", "1 − cosine, noise removed")):
+    for kind, title in KINDS.items():
         phase = phases[kind]
         lines.append(f"- {title}: {'found' if phase['found'] else 'not found'}: {phase['reason']}")
         if phase["boundaries"]:
             (a, b), (i, j) = phase["boundaries"], phase["intervals"]
             sigma, angle = (" → ".join(f"{level[k]:.3f}" for level in phase["levels"]) for k in (0, 1))
             lines.append(f"  best split: II from step {a} [{i[0]}, {i[1]}], III from {b} [{j[0]}, {j[1]}]; σ {sigma}; "
-                         f"orthogonality {angle}; p = {phase['p_value']:.3f} of segment {max(2, phase['segments'])}")
-    if phases["sampled"]["found"] != phases["corrected"]["found"]:
+                         f"orthogonality {angle}; p = {phase['p_value']:.3f} for a {ORDINALS[phase['segments']]} level")
+    if phases["sampled"]["found"] and not phases["corrected"]["found"]:
         lines.append("- the two disagree: what changed between the phases is the sampling noise, not the geometry")
+    elif phases["corrected"]["found"] and not phases["sampled"]["found"]:
+        lines.append("- the two disagree: sampling noise hides what changed in the geometry")
     return lines
 
 
@@ -573,8 +618,12 @@ def norm_lines(group: dict[str, Any]) -> list[str]:
     for norm, arm in group["norms"].items():
         tried = len(arm["rates"])
         rate = f"{arm['lr']:g}" + (f" (best of {tried}, by mean pass rate)" if tried > 1 else "")
-        lines.append(f"| {norm} | {rate} | {len(arm['runs'])} | {show(arm['pass_rate'])} | {show(arm['held_out'])} | "
-                     f"{show(arm['steps_to_target'], 0)} |")
+        runs, all_of_them = len(arm["runs"]), arm["reached"] == len(arm["runs"])
+        steps = show(arm["steps_to_target"], 0) if all_of_them else f"reached by {arm['reached']} of {runs}"
+        lines.append(f"| {norm} | {rate} | {runs} | {show(arm['pass_rate'])} | {show(arm['held_out'])} | {steps} |")
+    if group["cut"]:
+        lines += ["", f"Compared up to step {group['last_step']}, the last that all of these runs have."]
+    lines += [f"\nleft out, its norm, rate and seed are there already: {path}" for path in group["twice"]]
     for norm, found in group["against_none"].items():
         if not found["pairs"]:
             lines += ["", f"{norm} and none have no seed in common: not compared."]
@@ -584,7 +633,8 @@ def norm_lines(group: dict[str, Any]) -> list[str]:
         lines += [
             "", f"{norm} − none, paired by seed, {found['pairs']} pairs:", "",
             f"- final gain in pass rate {show(found['final_gain'])}",
-            f"- its growth in 100 steps of I, II and III: {', '.join(show(value, 4) for value in found['growth'])}",
+            "- its growth in 100 steps of I, II, III (best split, whether found or not): "
+            + ", ".join(show(value, 4) for value in found["growth"]),
             f"- less growth in III than in I: {verdict} ({show(found['growth_III_less_I'], 4)})",
             f"- speed-up to {goal}: measured {show(found['speed_up'])}, predicted {show(found['predicted_speed_up'])}"]
     return lines
@@ -592,15 +642,17 @@ def norm_lines(group: dict[str, Any]) -> list[str]:
 
 def law_lines(law: dict[str, Any]) -> list[str]:
     """What the report says of |curvature| ~ sigma^alpha."""
-    lines = ["", "Curvature along the gradient, |curvature| ∝ σ^α (references: 1 the bound, 2 the variance):"]
+    lines = ["", "Curvature along the gradient, |curvature| ∝ σ^α (references: 1 the bound, 2 the variance), by σ and "
+             "pass rate of the half of a group that gave the direction; the 90% are of single, noisy estimates:"]
     for side, title in (("below", "pass rate < ½"), ("above", "pass rate > ½")):
         found = law[side]
         if not found["bins"]:
             lines += ["", f"- {title}, n = {found['n']}: undetermined, {found['reason']}"]
             continue
-        alpha, true = ([found[name], *found[f"{name}_interval"]] for name in ("alpha", "alpha_corrected"))
-        lines += ["", f"- {title}, n = {found['n']}: **{found['verdict']}**, α = {show(alpha, 2)}, with the noise of σ "
-                  f"removed {show(true, 2)}", "",
+        (low, high), raw = found["alpha_interval"], [found["alpha_raw"], *found["alpha_raw_interval"]]
+        known = f", α = {show([found['alpha'], low, high], 2)} (against σ with its noise {show(raw, 2)})"
+        inside = EXPONENTS[0] < low and high < EXPONENTS[-1]
+        lines += ["", f"- {title}, n = {found['n']}: **{found['verdict']}**{known if inside else ''}", "",
                   "  | σ | mean curvature ± standard error | 90% of \\|curvature\\| below | the same over σ | n |",
                   "  " + "|---" * 5 + "|"]
         lines += [f"  | {b['sigma']:.3f} | {b['mean']:.4g} ± {b['error']:.2g} | {b['envelope']:.4g} | "
@@ -610,12 +662,15 @@ def law_lines(law: dict[str, Any]) -> list[str]:
 
 def write_report(analysis: dict[str, Any]) -> str:
     """The analysis as Markdown."""
-    decides, lines = analysis["orthogonality"], ["# Phases"]
+    decides, lines = analysis["orthogonality"], ["# Phases", ""]
+    counts = {kind: sum(run["phases"][kind]["found"] for run in analysis["runs"].values()) for kind in KINDS}
+    lines.append(f"Three phases: found in {counts['sampled']} of {len(analysis['runs'])} runs with orthogonality as "
+                 f"sampled, in {counts['corrected']} with its noise removed.")
     for path, run in analysis["runs"].items():
         lines += phase_lines(f"{path}, norm {run['norm']}, {run['steps']} steps", run["phases"], decides)
         lines += [f"- {run['skipped']} unreadable log lines skipped"] if run["skipped"] else []
     for title, group in analysis["groups"].items():
-        lines += ["", f"# {title}"]
+        lines += ["", f"# Runs with {title}"]
         for norm, arm in group["norms"].items():
             if len(arm["runs"]) > 1:
                 lines += phase_lines(f"mean of {len(arm['runs'])} runs, norm {norm}", arm["phases"], decides)
@@ -630,8 +685,7 @@ def write_report(analysis: dict[str, Any]) -> str:
 def analyse(runs: list[Run], problems: list[str], decides: str, target: float | None) -> dict[str, Any]:
     """All numbers of the report."""
     phases = {str(run.path): run_phases([run]) for run in runs}
-    chosen = {path: found[decides] for path, found in phases.items()}
-    groups = {title: compare(members, chosen, target) for title, members in group_runs(runs).items()}
+    groups = {title: compare(members, phases, decides, target) for title, members in group_runs(runs).items()}
     compared = [found for group in groups.values() for found in group["against_none"].values()]
     measured = [pair for found in compared for pair in found["measured"]]
     tables = {"run by run": np.array(measured)[:, None] if measured else np.empty((0, 1, 2)),
@@ -661,14 +715,14 @@ def draw_series(axis: Any, runs: list[Run], key: str, norm: str) -> None:
 
 
 def draw_phases(axis: Any, phase: dict[str, Any], last: int) -> None:
-    """The three segments shaded and named, their boundaries' intervals as darker bands."""
-    edges = [0, *phase["boundaries"], last]
+    """The three segments shaded and named I, II, III (1, 2, 3 if not found), their boundaries' intervals darker."""
+    edges, names = [0, *phase["boundaries"], last], ("I", "II", "III") if phase["found"] else ("1", "2", "3")
     for (low, high), step in zip(phase["intervals"], phase["boundaries"], strict=True):
         axis.axvspan(low, high, color="grey", alpha=0.35, linewidth=0)
         axis.axvline(step, color="black", linewidth=0.8)
     for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False) if phase["boundaries"] else []):
         axis.axvspan(a, b, color="grey", alpha=(0.12, 0.0, 0.12)[i], linewidth=0)
-        axis.text((a + b) / 2, 1.02, "I" * (i + 1), transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
+        axis.text((a + b) / 2, 1.02, names[i], transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
 
 
 def draw_law(axis: Any, law: dict[str, Any]) -> None:
@@ -703,23 +757,24 @@ def draw_picture(path: Path, runs: list[Run], group: dict[str, Any], decides: st
     by_path = {str(run.path): run for run in runs}
     arms = {norm: [by_path[name] for name in arm["runs"]] for norm, arm in group["norms"].items()}
     shaded = "std" if "std" in arms else next(iter(arms))
-    phase, last = group["norms"][shaded]["phases"][decides], max(int(run.log.index[-1]) for run in runs)
+    phases, last = group["norms"][shaded]["phases"], max(1, *(int(run.log.index[-1]) for run in runs))
+    phase = phases[decides]
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     panels = {"pass_rate": "pass rate (training prompts)", "reward_std": "mean σ within prompts (reward)",
-              "sampled": "orthogonality: 1 − mean |cos|", "corrected": "the same, noise removed: 1 − cosine",
+              "sampled": "orthogonality: 1 − mean |cos|", "corrected": "without noise: 1 − cosine",
               "predicted_gain": "predicted gain (ratio)"}
     for axis, (key, label) in zip(axes.flat, panels.items(), strict=False):
         for norm, arm in arms.items():
             draw_series(axis, arm, key, norm)
         axis.set(xlabel="step", ylabel=label, xlim=(0, last))
-        draw_phases(axis, phase, last)
+        draw_phases(axis, phases.get(key, phase), last)
     axes[0, 0].legend(title="norm (runs)", fontsize=8, title_fontsize=8)
     draw_law(axes[1, 2], group["law"])
     bounds = " and ".join(f"{step} [{low}, {high}]" for step, (low, high) in
                           zip(phase["boundaries"], phase["intervals"], strict=True))
     verdict = "three phases found" if phase["found"] else "three phases NOT found; shaded is the best split"
     verdict += f", boundaries at step {bounds}" if bounds else ""
-    figure.suptitle(f"{title}; norm {shaded}: {verdict}", fontsize=10)
+    figure.suptitle(f"{title}; norm {shaded}: {verdict}".replace("$", r"\$"), fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -752,30 +807,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", type=float, help="pass rate to reach; without it 0.9 of the lowest final one")
     parser.add_argument("--out", type=Path, help="directory of report and picture")
     given = parser.parse_args(arguments)
+    if given.target is not None and not math.isfinite(given.target):
+        parser.error(f"--target is {given.target}, not a finite number")
     runs, problems = [], []
-    for path in dict.fromkeys(given.runs):
+    for path in {path.resolve(): path for path in given.runs}.values():
         try:
             runs.append(read_run(path))
         except ValueError as error:
             problems.append(str(error))
     if not runs:
-        print(f"analyze.py: error: no run to read: {'; '.join(problems)}", file=sys.stderr)
-        return 2
+        parser.error(f"no run to read: {'; '.join(problems)}")
     parents = os.path.commonpath([run.path.absolute() for run in runs])
     out = given.out or (runs[0].path if len(runs) == 1 else Path(os.path.relpath(parents)))
-    analysis = analyse(runs, problems, given.orthogonality, given.target)
-    title, members = next(iter(group_runs(runs).items()))
-    report = write_report(analysis)
-    print(report)
+    analysis, groups = analyse(runs, problems, given.orthogonality, given.target), group_runs(runs)
+    report, title = write_report(analysis), next(iter(groups))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "analysis.md").write_text(report, encoding="utf-8")
+        (out / "analysis.md").write_text(report, encoding="utf-8", errors="backslashreplace")
         (out / "analysis.json").write_text(json.dumps(finite(analysis), indent=1) + "\n", encoding="utf-8")
-        draw_picture(out / "phases.png", members, analysis["groups"][title], given.orthogonality, title)
+        draw_picture(out / "phases.png", groups[title], analysis["groups"][title], given.orthogonality, title)
     except OSError as error:
-        print(f"analyze.py: error: cannot write to {out}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"written: analysis.md, analysis.json and phases.png in {out}")
+        parser.error(f"cannot write to {out}: {error.strerror}")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    pictured = f" (of the runs with {title})" if len(groups) > 1 else ""
+    with contextlib.suppress(BrokenPipeError):
+        print(f"{report}\nwritten: analysis.md, analysis.json and phases.png{pictured} in {out}", flush=True)
     return 0
 
 

@@ -1801,7 +1801,10 @@ def test_the_number_of_processes_changes_nothing(settings, norm, agg, sizes, tmp
                 for key in a.keys() - {"logprob_gap", "curvature_corr"}:
                     left, right = (np.array(row[key], float) for row in (a, b))  # None becomes NaN
                     exact = key in ("reward", "prompt", "pass_rate", "eval_pass_rate", "eval_greedy", "length")
-                    tolerance = dict(rtol=1e-12, atol=0) if exact else dict(rtol=1e-2, atol=1e-4)
+                    # A second difference of float32 keeps some percent of the usual size, a small one less of its own.
+                    usual = np.nanmax(np.abs([r["curvature"] for r in theirs if r.get("curvature")], dtype=float))
+                    size = 0.05 * usual if key == "curvature" else 1e-4
+                    tolerance = dict(rtol=1e-12, atol=0) if exact else dict(rtol=1e-2, atol=size)
                     assert np.allclose(left, right, **tolerance, equal_nan=True), key
         assert others[2] == samples
         assert max(float((others[3][key] - weights[key]).abs().max()) for key in weights) < 1e-5
@@ -1964,7 +1967,15 @@ def synthetic(kind: str, rng: np.random.Generator, n: int = 300):
         mean = size * np.exp(-t / rng.choice([15, 30, 60, 120, 300]))
     elif kind == "logistic":
         mean = size / (1 + np.exp((t - rng.uniform(50, 250)) / rng.choice([2, 5, 15, 40])))
-    return mean + ar_noise(rng, n, rho), mean + ar_noise(rng, n, rho), rates, truth
+    elif kind == "step and decay":  # one change of level, not two
+        mean = -4.0 * (t >= rng.integers(60, 240)) + 4 * np.exp(-t / rng.choice([60, 120]))
+    other = mean
+    if kind == "levels and line":  # only one of the two has phases
+        mean, other = -4.0 * ((t >= 100).astype(float) + (t >= 200)), -4.0 * t / n
+    return mean + ar_noise(rng, n, rho), other + ar_noise(rng, n, rho), rates, truth
+
+
+OTHERS = ("constant", "linear", "exponential", "logistic", "walk", "step and decay", "levels and line")
 
 
 def detected(kind: str, count: int) -> list[tuple[dict, list[int] | None]]:
@@ -1983,12 +1994,12 @@ def assert_true_phases(found, share: float) -> None:
 
 def test_true_phases_are_found_and_a_decay_is_not():
     assert_true_phases(detected("phases", 5), 0.8)
-    for kind in ("constant", "linear", "exponential", "logistic", "walk"):
+    for kind in OTHERS:
         assert sum(result["found"] for result, _ in detected(kind, 2)) <= 0.1
 
 
 @slow
-@pytest.mark.parametrize("kind", ["phases", "constant", "linear", "exponential", "logistic", "walk"])
+@pytest.mark.parametrize("kind", ["phases", *OTHERS])
 def test_phases_in_two_hundred_series(kind):
     found = detected(kind, 200)
     if kind == "phases":
@@ -2061,7 +2072,7 @@ def test_what_fails_is_said():
     assert late["reason"].startswith("the pass rate does not rise fastest in I: +")
     assert "the pass rate was not checked" in detect_phases(sigma, angle)["reason"]
     decay = detect_phases(*(4 * np.exp(-np.arange(300) / 60) + ar_noise(rng, 300, 0) for _ in range(2)))
-    assert not decay["found"] and re.search(r"smooth curves \((exponential|logistic) and", decay["reason"])
+    assert not decay["found"] and re.search(r"reward deviation: (exponential|logistic) beats", decay["reason"])
     order = rng.permutation(300)
     shuffled = detect_phases(sigma[order], angle[order], rates[order])
     assert shuffled["segments"] == 1 and not shuffled["found"] and shuffled["reason"].startswith("one segment")
@@ -2096,37 +2107,41 @@ def test_series_of_unequal_lengths_are_refused():
 def test_an_exact_power_law_is_recovered(alpha, sign, verdict):
     sigma = np.tile(np.sqrt(np.array([1, 2, 3, 4]) * np.array([7, 6, 5, 4])) / 8, 50)
     law = analyze.curvature_law(sigma, sigma**2, sign * 5 * sigma**alpha + 0 * sigma, np.arange(200) // 8)
-    assert law["alpha"] == law["alpha_corrected"] == pytest.approx(alpha, abs=0.011)  # the grid's step is 0.02
+    assert law["alpha"] == law["alpha_raw"] == pytest.approx(alpha, abs=0.011)  # the grid's step is 0.02
     assert law["verdict"].startswith(verdict) and [row["n"] for row in law["bins"]] == [50] * 4
     assert [row["mean"] for row in law["bins"]] == pytest.approx(list(sign * 5 * sigma[:4] ** alpha))
     assert [row["envelope"] for row in law["bins"]] == pytest.approx(list(5 * sigma[:4] ** alpha))
 
 
-def halves_of_prompts(rates: np.ndarray, rng: np.random.Generator, noise: float):
-    """Sigma of one half of eight 0/1 rewards; unbiased variance of the other; a curvature, noise - variance, there."""
-    one, other = rng.binomial(8, rates), rng.binomial(8, rates)
-    one, other, kept = one / 8, other / 8, (one > 0) & (one < 4)
+def halves_of_prompts(rates: np.ndarray, rng: np.random.Generator, power: float = 2.0):
+    """Sigma of one half of eight 0/1 rewards; unbiased variance of the other; a curvature, -sigma^power and noise."""
+    one, other, true = rng.binomial(8, rates) / 8, rng.binomial(8, rates) / 8, np.sqrt(rates * (1 - rates))
+    kept = (one > 0) & (one < 0.5)
     variance = other * (1 - other) * 8 / 7
-    curvature = -variance * (1 + noise * rng.normal(size=len(rates)))
+    curvature = -(variance if power == 2 else true**power) * (1 + rng.normal(size=len(rates)))
     return np.sqrt(one * (1 - one))[kept], variance[kept], curvature[kept]
 
 
-def test_the_law_of_prompts_is_found_through_the_noise_of_sigma():
+@pytest.mark.parametrize(("power", "verdict"), [(1.0, "agrees with 1"), (2.0, "agrees with 2")])
+def test_the_law_of_prompts_is_found_through_the_noise_of_sigma(power, verdict):
     rng = np.random.default_rng(0)
-    sigma, variance, curvature = halves_of_prompts(rng.uniform(0.02, 0.45, 40_000), rng, 1.0)
+    sigma, variance, curvature = halves_of_prompts(rng.uniform(0.02, 0.45, 20_000), rng, power)
     law = analyze.curvature_law(sigma, variance, curvature, np.arange(len(sigma)) // 16)
-    low, high = law["alpha_corrected_interval"]
-    assert low <= 2 <= high and high - low < 0.5 and law["alpha"] < 1.7  # the noise of sigma makes it flatter
+    low, high = law["alpha_interval"]
+    assert low <= power <= high and high - low < 0.8 and law["verdict"] == verdict
+    assert law["alpha_raw"] < 0.7 * power  # the noise of sigma makes it flatter
 
 
 def test_prompts_that_are_all_alike_make_no_law():
     rng = np.random.default_rng(0)
-    sigma, variance, curvature = halves_of_prompts(np.full(20_000, 0.25), rng, 1.0)
+    sigma, variance, curvature = halves_of_prompts(np.full(20_000, 0.25), rng)
     law = analyze.curvature_law(sigma, variance, curvature, np.arange(len(sigma)) // 16)
-    low, high = law["alpha_interval"]
-    assert low <= 0 <= high < 1 and law["verdict"] == "neither 1 nor 2"
+    low, high = law["alpha_raw_interval"]
+    assert low <= 0 <= high < 1 and law["verdict"] == "undetermined"
     few = analyze.curvature_law(*(np.full(20, 0.4),) * 3, np.arange(20))
     assert few["verdict"] == "undetermined" and few["reason"].startswith("1 values of sigma")
+    signs = analyze.curvature_law(sigma, variance, np.where(sigma > 0.4, 1.0, -1.0), np.arange(len(sigma)))
+    assert signs["verdict"] == "no power law, the mean changes its sign"
 
 
 def test_means_and_their_intervals():
@@ -2199,7 +2214,7 @@ def test_twice_as_fast_is_a_speed_up_of_two(tmp_path, capsys):
         np.mean([(saturating(50 + s) - saturating(100 + s))[-30:].mean() for s in range(3)])
     )
     assert group["norms"]["std"]["held_out"][0] == pytest.approx(np.mean([saturating(50 + s)[-1] for s in range(3)]))
-    assert group["law"]["below"]["alpha"] == pytest.approx(1, abs=0.011) and group["law"]["above"]["n"] == 0
+    assert group["law"]["below"]["alpha_raw"] == pytest.approx(1, abs=0.011) and group["law"]["above"]["n"] == 0
     gain, step = against["gain"][3], 38  # the fourth window: steps 33 to 43
     assert gain[0] == step and gain[1] == pytest.approx(
         np.mean([(saturating(50 + s) - saturating(100 + s))[step - 5 : step + 6].mean() for s in range(3)])
@@ -2264,8 +2279,65 @@ def test_a_norm_is_compared_at_its_best_learning_rate(tmp_path):
         analyze.read_run(write_run(tmp_path / f"{tau}", saturating(tau, 60), "std", tau, lr=lr))
         for tau, lr in ((20, 1e-3), (50, 1e-2))
     ]
-    arm = analyze.compare(runs, {}, None)["norms"]["std"]
+    split = {"sampled": {"boundaries": []}}
+    arm = analyze.compare(runs, {str(run.path): split for run in runs}, "sampled", None)["norms"]["std"]
     assert arm["lr"] == 1e-3 and arm["rates"] == [1e-3, 1e-2] and arm["runs"] == [str(tmp_path / "20")]
+
+
+def compared(runs: list[Path], tmp_path: Path, *arguments: str) -> tuple[dict, str]:
+    """The only group of an analysis, and its report."""
+    assert analyze.main([*map(str, runs), "--out", str(tmp_path / "report"), *arguments]) == 0
+    (group,) = json.loads((tmp_path / "report" / "analysis.json").read_text())["groups"].values()
+    return group, (tmp_path / "report" / "analysis.md").read_text()
+
+
+def test_a_run_that_was_killed_is_compared_as_far_as_it_went(tmp_path):
+    rates = saturating(50)
+    runs = [
+        write_run(tmp_path / f"{norm}-{seed}", rates[: 60 if norm == "none" else 300], norm, seed)
+        for norm in ("none", "std")
+        for seed in range(3)
+    ]
+    group, text = compared(runs, tmp_path)
+    assert group["against_none"]["std"]["final_gain"] == pytest.approx([0, 0, 0], abs=1e-12)
+    assert "Compared up to step 59, the last that all of these runs have." in text
+
+
+def test_a_target_that_is_not_always_reached_has_no_mean(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{norm}-{seed}", saturating(50) * (0.5 if seed and norm == "none" else 1), norm, seed)
+        for norm in ("none", "std")
+        for seed in range(3)
+    ]
+    group, text = compared(runs, tmp_path, "--target", "0.8")
+    assert group["norms"]["none"]["reached"] == 1 and group["norms"]["none"]["steps_to_target"] == [None] * 3
+    assert group["against_none"]["std"]["speed_up"] == [None] * 3 and "| reached by 1 of 3 |" in text
+    assert group["norms"]["std"]["steps_to_target"][0] == pytest.approx(50 * math.log(7), rel=0.02)
+
+
+def test_a_seed_counts_once(tmp_path):
+    runs = [write_run(tmp_path / name, saturating(50), name[:3], 0) for name in ("std", "std-again", "none")]
+    runs[2].joinpath("config.json").write_text(runs[2].joinpath("config.json").read_text().replace('"non"', '"none"'))
+    group, text = compared([*runs, runs[0] / ".." / "std"], tmp_path)
+    assert group["against_none"]["std"]["pairs"] == 1 and group["twice"] == [str(runs[1])]
+    assert f"left out, its norm, rate and seed are there already: {runs[1]}" in text
+
+
+def test_settings_of_any_text_and_logs_without_prompts_are_read(tmp_path):
+    runs = [
+        write_run(tmp_path / f"{i}", saturating(50, 40), instruction=text) for i, text in enumerate(["a$b_$c\n", "d"])
+    ]
+    (runs[0] / "prompts.jsonl").unlink()
+    assert analyze.main([*map(str, runs)]) == 0
+    text = (tmp_path / "analysis.md").read_text()
+    assert "# Runs with instruction a$b_$c\n" in text and text.count("0 values of sigma") == 3
+
+
+def test_rewards_without_a_pass_rate_are_compared_by_their_mean(tmp_path):
+    path = write_run(tmp_path / "run", saturating(50, 40))
+    log = path / "metrics.jsonl"
+    log.write_text(log.read_text().replace('"pass_rate":', '"reward":'))
+    assert analyze.read_run(path).log["pass_rate"].iloc[:40].tolist() == saturating(50, 40).tolist()
 
 
 def test_damaged_logs_are_read_as_far_as_they_can_be(tmp_path, capsys):
@@ -2305,10 +2377,12 @@ def test_nothing_to_analyse_is_one_line(tmp_path, capsys):
     empty = write_run(tmp_path / "empty", saturating(50, 0))
     other = write_run(tmp_path / "other", saturating(50, 10))
     (other / "config.json").write_text("[]")
-    assert analyze.main([str(empty), str(other)]) == 2
+    with pytest.raises(SystemExit) as exit:
+        analyze.main([str(empty), str(other)])
     text = capsys.readouterr().err
     assert text.startswith("analyze.py: error: no run to read: ") and text.count("\n") == 1
     assert "metrics.jsonl has no step" in text and "does not name norm" in text
+    assert exit.value.code == 2
     with pytest.raises(SystemExit) as exit:
         analyze.main(["--orthogonality", "x", "run"])
     assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
