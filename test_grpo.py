@@ -691,7 +691,7 @@ def test_two_norms_see_the_same_prompts_and_the_same_first_rollouts(train, setti
     for norm in ("none", "std"):
         train(Config(**settings | dict(norm=norm, out=settings["out"] + norm)))
         config = Config(**settings | dict(norm=norm))
-        policy = grpo.load_policy(config, problems)
+        policy = grpo.load_policy(config, problems, grpo.Team())
         encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)
         runs[norm] = grpo.sample_batch(policy, 0, encoded, even, config)
     none, std = runs["none"], runs["std"]
@@ -844,7 +844,7 @@ def test_the_warm_start_learns_and_is_made_once_for_all_seeds(tmp_path):
         grpo.warm_start(Config(**settings | dict(sft_steps=1)), problems.select(range(50))),
     ]
     assert len({made, *others}) == 3
-    policy = grpo.load_policy(Config(**settings), problems)
+    policy = grpo.load_policy(Config(**settings), problems, grpo.Team())
     prompts = [problem.prompt for problem in grpo.encode_problems(problems, policy.model, policy.tokenizer, Config())]
     texts = grpo.completions(policy, grpo.rollout(policy, prompts, uniforms(100, 1, 4), 0.0))
     assert [text for (text,) in texts] == [row["answer"] for row in rows]
@@ -1190,7 +1190,7 @@ def test_sketches_preserve_inner_products_without_bias():
 def prepared(cache, problems):
     """The tiny model after 60 warm-start steps, with a sampled batch of 40 prompts and 16 completions."""
     config = Config(sft_steps=60, cache=cache, prompts=40, group=16)
-    policy = grpo.load_policy(config, problems)
+    policy = grpo.load_policy(config, problems, grpo.Team())
     encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)
     return policy, grpo.sample_batch(policy, 0, encoded, even, config), config
 
