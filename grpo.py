@@ -30,6 +30,7 @@ The functions under "mathematics" need torch and their arguments alone: copy the
 """
 
 import copy
+import ctypes
 import hashlib
 import json
 import math
@@ -122,7 +123,7 @@ class Config:
     epochs: int = setting(1, "updates a batch; above 1 the importance ratio is clipped")
     clip: float = setting(0.2, "range of the importance ratio around 1")
     kl: float = setting(0.0, "weight of the KL term against the frozen start policy")
-    micro_batch: int = setting(0, "tokens of one training pass at most; 0: 4096, but 256 for a model on a CPU")
+    micro_batch: int = setting(0, "tokens of one training pass at most; 0: 4096, but 128 for a model on a CPU")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the weights; auto: bfloat16 on CUDA")
     device: str = setting("auto", "torch device; auto: cuda if there is one, else cpu")
     seed: int = setting(0, "of prompts' order and sampling")
@@ -159,7 +160,7 @@ class Config:
         self.max_new_tokens = self.max_new_tokens or TASKS[self.task].max_new_tokens
         self.lr = self.lr or (1e-4 if tiny else 1e-6)
         self.device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        self.micro_batch = self.micro_batch or (256 if self.device == "cpu" and not tiny else 4096)
+        self.micro_batch = self.micro_batch or (128 if self.device == "cpu" and not tiny else 4096)
         self.sft_steps = self.sft_steps or (2000 if tiny else 0)
         self.sft_batch = self.sft_batch or (64 if tiny else 16)
         self.sft_lr = self.sft_lr or (6e-3 if tiny else 5e-5)
@@ -607,7 +608,8 @@ class Policy:
             master.grad = own[name]
         yield own
         for name, master in self.masters.items():
-            master.grad = own[name].add_(former[name])
+            if former[name] is not None:
+                master.grad = former[name].add_(own[name])
 
     def publish(self) -> None:
         """Copy the masters into the working weights, so that rollout and training see the same policy."""
@@ -720,8 +722,6 @@ def load_policy(config: Config, rows: Dataset) -> Policy:
     masters = dict(model.named_parameters())
     if config.dtype != "float32":
         masters = {name: p.detach().float() for name, p in masters.items()}
-    for master in masters.values():
-        master.grad = torch.zeros_like(master)
     return Policy(model, tokenizer, sorted(ends), masters)
 
 
@@ -800,8 +800,8 @@ def supervised(model: Any, tokenizer: Any, rows: Dataset, config: Config) -> Non
         chosen, queue = queue[: config.sft_batch], queue[config.sft_batch :]
         pairs = [(problems[i].prompt, [*solutions[i], tokenizer.eos_token_id]) for i in chosen]
         total, loss = sum(len(solution) for _, solution in pairs), 0.0
-        rows = max(1, config.micro_batch // max(len(prompt) + len(solution) for prompt, solution in pairs))
-        for part in (pairs[i : i + rows] for i in range(0, len(pairs), rows)):
+        for rows in passes([len(prompt) + len(solution) for prompt, solution in pairs], config.micro_batch):
+            part = [pairs[row] for row in rows]
             ids = [torch.tensor(prompt + solution)[: context_length(model)] for prompt, solution in part]
             labels = [torch.tensor([-100] * len(prompt) + solution) for prompt, solution in part]  # -100: not predicted
             batch = pad_sequence(ids, batch_first=True).to(model.device)
@@ -1015,43 +1015,40 @@ def apply_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return head(inputs_embeds=hidden[None]).logits[0]
 
 
-LOGITS = 1 << 23  # numbers held at once: the memory that a large vocabulary takes
+LOGITS = 1 << 23  # numbers held at once: a large vocabulary would else fill the memory
 
 
-def chunk_rows(model: Any) -> int:
-    """Rows of logits that are made at once."""
-    return max(1, LOGITS // model.config.vocab_size)
+def chunks(model: Any, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors [N, ...] in parts of as many rows as the model makes logits for at once."""
+    return zip(*(tensor.split(max(1, LOGITS // model.config.vocab_size)) for tensor in tensors), strict=True)
 
 
-def passes(
-    tokens: torch.Tensor, lengths: torch.Tensor, limit: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Completions, the longest first, in passes of at most `limit` tokens with padding; a longer one alone.
-
-    tokens: [n, T], lengths: [n]. Yields the tokens [m, T'] and lengths [m] of a pass, and the places [N] of its tokens
-    among those of all completions, one after the other, [lengths.sum()].
-    """
-    sizes = lengths.tolist()
-    places = torch.arange(sum(sizes), device=lengths.device).split(sizes)
-    rows = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)
+def passes(lengths: list[int], limit: int) -> Iterator[list[int]]:
+    """Rows of these lengths, the longest first, in parts of at most `limit` tokens with their padding, or one row."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     while rows:
-        count = max(1, limit // sizes[rows[0]])
-        part, rows = rows[:count], rows[count:]
-        yield tokens[part, : sizes[part[0]]], lengths[part], torch.cat([places[row] for row in part])
+        count = max(1, limit // lengths[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
 
 
 def completion_states(
-    model: Any, prompt: torch.Tensor, prefix: Any, tokens: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states [N, D] from which the completions' tokens are predicted, and those tokens [N], N = lengths.sum().
+    model: Any, prompt: torch.Tensor, prefix: Any, tokens: torch.Tensor, lengths: torch.Tensor, limit: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Passes of at most `limit` tokens: hidden states [N, D], the tokens [N] that they predict, and the places [N] of
+    these among all completions' tokens, one after the other.
 
     prompt: [L]; prefix: encode_prefix of it; tokens: [n, T]; lengths: [n]. Padding stands on the right, where no token
     of a completion attends to it, so no mask is needed.
     """
-    inputs = torch.cat([prompt[-1].expand(len(tokens), 1), tokens[:, :-1]], dim=1)
-    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [n, T]
-    output = model.base_model(inputs, past_key_values=fork(prefix, len(tokens)), use_cache=prefix is not None)
-    return output.last_hidden_state[valid], tokens[valid]
+    sizes = lengths.tolist()
+    places = torch.arange(sum(sizes), device=tokens.device).split(sizes)
+    for rows in passes(sizes, limit):
+        part = tokens[rows, : sizes[rows[0]]]  # [m, T']
+        inputs = torch.cat([prompt[-1].expand(len(rows), 1), part[:, :-1]], dim=1)
+        valid = torch.arange(part.shape[1], device=tokens.device) < lengths[rows, None]
+        output = model.base_model(inputs, past_key_values=fork(prefix, len(rows)), use_cache=prefix is not None)
+        yield output.last_hidden_state[valid], part[valid], torch.cat([places[row] for row in rows])
 
 
 @torch.no_grad()
@@ -1063,32 +1060,10 @@ def completion_logprobs(
     prompt: [L]; tokens: [n, T]; lengths: [n].
     """
     prefix, found = encode_prefix(model, prompt), torch.zeros(int(lengths.sum()), device=tokens.device)
-    for tokens_part, lengths_part, places in passes(tokens, lengths, config.micro_batch):
-        hidden, wanted = completion_states(model, prompt, prefix, tokens_part, lengths_part)
-        chunks = zip(*(x.split(chunk_rows(model)) for x in (hidden, wanted, places)), strict=True)
-        for states, targets, where in chunks:
-            found[where] = token_logprobs(apply_head(model, states), targets, config.temperature)
+    for batch in completion_states(model, prompt, prefix, tokens, lengths, config.micro_batch):
+        for hidden, wanted, places in chunks(model, *batch):
+            found[places] = token_logprobs(apply_head(model, hidden), wanted, config.temperature)
     return found
-
-
-def head_backward(
-    model: Any, hidden: torch.Tensor, tokens: torch.Tensor, loss: Callable[[torch.Tensor, slice], torch.Tensor],
-    temperature: float,
-) -> torch.Tensor:
-    """Backward through hidden states [N, D] of the loss of their tokens [N]; returns those log-probabilities [N].
-
-    loss(logprobs, rows): its part of a slice of the rows. A chunk of them at a time goes through the head and back, and
-    the gradients that this leaves at the hidden states go through the body together.
-    """
-    found, size = [], chunk_rows(model)
-    chunks = [chunk.requires_grad_() for chunk in hidden.detach().split(size)]
-    for i, chunk in enumerate(chunks):
-        rows = slice(i * size, i * size + len(chunk))
-        logprobs = token_logprobs(apply_head(model, chunk), tokens[rows], temperature)
-        loss(logprobs, rows).backward()
-        found.append(logprobs.detach())
-    hidden.backward(torch.cat([chunk.grad for chunk in chunks]))
-    return torch.cat(found)
 
 
 def prompt_backward(
@@ -1099,8 +1074,8 @@ def prompt_backward(
 
     prompt: [L]; tokens: [G, T]; lengths, advantages, weights: [G]; old: the log-probabilities that the importance ratio
     is taken to (None: the present ones, ratio 1); reference: model of the KL term, or None. The prompt is encoded once:
-    every pass of --micro-batch completions leaves its gradient in the prefix's keys and values, from where all of it
-    goes back through the prompt together.
+    every pass leaves its gradient at the prompt's keys and values, from where all of it goes back through the prompt
+    together. Likewise every chunk of a pass's logits leaves its gradient at the hidden states.
     """
     prefix = encode_prefix(model, prompt)
     layers = prefix.layers if prefix else []
@@ -1111,18 +1086,17 @@ def prompt_backward(
     weight, advantage = (x.repeat_interleave(lengths) for x in (weights, advantages))  # [lengths.sum()]
     anchor = completion_logprobs(reference, prompt, tokens, lengths, config) if reference else None
     found = torch.zeros_like(weight)
-    for tokens_part, lengths_part, places in passes(tokens, lengths, config.micro_batch):
-        hidden, wanted = completion_states(model, prompt, prefix, tokens_part, lengths_part)
-
-        def loss(logprobs: torch.Tensor, rows: slice, places: torch.Tensor = places) -> torch.Tensor:
-            at = places[rows]
-            before = logprobs.detach() if old is None else old[at]
-            value = policy_loss(logprobs, before, advantage[at], weight[at], config.clip)
+    for hidden, *rest in completion_states(model, prompt, prefix, tokens, lengths, config.micro_batch):
+        states = hidden.detach().requires_grad_()
+        for part, wanted, places in chunks(model, states, *rest):
+            logprobs = token_logprobs(apply_head(model, part), wanted, config.temperature)
+            found[places] = logprobs.detach()
+            before = found[places] if old is None else old[places]
+            loss = policy_loss(logprobs, before, advantage[places], weight[places], config.clip)
             if anchor is not None:
-                value = value + config.kl * (weight[at] * k3_divergence(logprobs, anchor[at])).sum()
-            return value
-
-        found[places] = head_backward(model, hidden, wanted, loss, config.temperature)
+                loss = loss + config.kl * (weight[places] * k3_divergence(logprobs, anchor[places])).sum()
+            loss.backward()
+        hidden.backward(states.grad)
     if roots:
         torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
     return found
@@ -1267,6 +1241,8 @@ def update(
     measured = Measured.of(policy, batch, config) if geometry or curvature else None
     old: dict[int, torch.Tensor] = {}
     for epoch in range(config.epochs):
+        for master in masters:  # which have none between the steps: a rollout needs the memory
+            master.grad = torch.zeros_like(master)
         for p in active:
             if measured and defined and epoch == 0:
                 logprobs = measured_backward(policy, batch, p, weights, config, measured, curvature)
@@ -1281,7 +1257,7 @@ def update(
         if math.isfinite(norms[-1]):
             optimizer.step()
             policy.publish()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
     line = {
         "grad_norm": sum(norms) / len(norms),
         "clipped": any(norm > limit for norm in norms),
@@ -1547,11 +1523,13 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
             append(out / "samples.jsonl", samples)
         began = time.perf_counter()
         batch = sample_batch(policy, step, problems, reward, config)
+        release_memory()
         sampled = time.perf_counter()
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
         line, rows = describe(batch, step)
         due = [every > 0 and step % every == 0 for every in intervals]
         changes, measurements = update(policy, optimizer, batch, config, reference, geometry=due[0], curvature=due[1])
+        release_memory()
         ended = time.perf_counter()
         line |= changes | {
             "lr": optimizer.param_groups[0]["lr"],
@@ -1567,6 +1545,12 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
         if skipped == 5:
             raise RunError(f"no finite gradient in 5 steps in a row, up to step {step}; the last checkpoint is whole")
     return finish(policy, optimizer, skipped, held_out, reward, config)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where it is glibc that keeps it: rollout and update would else add up."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def show(bar: Any, line: dict[str, Any], config: Config) -> None:

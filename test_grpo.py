@@ -428,13 +428,8 @@ def test_gradient_through_chunks_of_logits_equals_the_naive_one(kind, rows, monk
 
 
 def test_passes_take_the_longest_completions_first_within_the_limit():
-    tokens, lengths = torch.arange(24).view(4, 6), torch.tensor([3, 5, 1, 4])
-    found = [[x.tolist() for x in part] for part in grpo.passes(tokens, lengths, 8)]
-    assert found == [
-        [[[6, 7, 8, 9, 10]], [5], [3, 4, 5, 6, 7]],
-        [[[18, 19, 20, 21], [0, 1, 2, 3]], [4, 3], [9, 10, 11, 12, 0, 1, 2]],
-        [[[12]], [1], [8]],
-    ]
+    assert list(grpo.passes([3, 5, 1, 4, 3], 8)) == [[1], [3, 0], [4, 2]]
+    assert list(grpo.passes([3, 3, 2], 1)) == [[0], [1], [2]] and list(grpo.passes([2, 3], 6)) == [[1, 0]]
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 7)])
@@ -547,7 +542,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     batch.advantages[0, 0] = math.nan
     assert grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)[0]["skipped"] == 1
     assert all(torch.equal(before[name], master) for name, master in policy.masters.items())
-    assert all(not master.grad.any() for master in policy.masters.values())
+    assert all(master.grad is None for master in policy.masters.values())
 
 
 # -------------------------------------------------- tasks and rewards -------------------------------------------------
