@@ -32,6 +32,7 @@ The functions under "mathematics" need torch and their arguments alone: copy the
 """
 
 import copy
+import ctypes
 import hashlib
 import json
 import math
@@ -49,8 +50,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch's large tensors on a CPU in large pages: a tenth of a step
 
 import numpy as np
 import torch
@@ -62,14 +66,20 @@ from tokenizers import Tokenizer, decoders, models
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
+    DynamicLayer,
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
     PreTrainedTokenizerFast,
 )
 from transformers.hf_argparser import HfArg
+from transformers.masking_utils import eager_mask
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import logging as transformers_logging
 
 Reward = Callable[[str, str], float]  # (completion, answer) -> reward
@@ -129,7 +139,7 @@ class Config:
     epochs: int = setting(1, "updates a batch; above 1 the importance ratio is clipped")
     clip: float = setting(0.2, "range of the importance ratio around 1")
     kl: float = setting(0.0, "weight of the KL term against the frozen start policy")
-    micro_batch: int = setting(64, "completions of one training pass at most")
+    micro_batch: int = setting(0, "tokens of one training pass at most; 0: 4096, but 128 for a model on a CPU")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the weights; auto: bfloat16 on CUDA")
     device: str = setting("auto", "torch device; auto: cuda if there is one, else cpu")
     seed: int = setting(0, "of prompts' order and sampling")
@@ -155,7 +165,7 @@ class Config:
                 raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} is {value}, not a finite number")
-            ones = ("prompts", "epochs", "micro_batch", "sketch", "save_every", "eval_problems")
+            ones = ("prompts", "epochs", "sketch", "save_every", "eval_problems")
             least = {"group": 2, "geometry_every": -1, "probe_every": -1, **dict.fromkeys(ones, 1)}.get(name, 0)
             if isinstance(value, (int, float)) and value < least:
                 raise InputError(f"{name} is {value}, below {least}")
@@ -167,11 +177,12 @@ class Config:
             raise InputError("instruction has no {question}, so no prompt would hold its problem")
         self.max_new_tokens = self.max_new_tokens or TASKS[self.task].max_new_tokens
         self.lr = self.lr or (1e-4 if tiny else 1e-6)
+        if self.device == "auto":  # of several processes on a machine each takes the GPU of its number
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        self.micro_batch = self.micro_batch or (128 if self.device == "cpu" and not tiny else 4096)
         self.sft_steps = self.sft_steps or (2000 if tiny else 0)
         self.sft_batch = self.sft_batch or (64 if tiny else 16)
         self.sft_lr = self.sft_lr or (6e-3 if tiny else 5e-5)
-        if self.device == "auto":  # of several processes on a machine each takes the GPU of its number
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         try:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -250,10 +261,10 @@ def k3_divergence(logprobs: torch.Tensor, reference_logprobs: torch.Tensor) -> t
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
     """Log-probability in nats of each token under softmax(logits / temperature). logits: [N, V], tokens: [N] -> [N].
 
-    Gather minus logsumexp: no [N, V] table of log-probabilities is made.
+    In float32 at least.
     """
-    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    return scaled.gather(1, tokens[:, None])[:, 0] - scaled.logsumexp(dim=1)
+    scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
+    return scaled.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
@@ -263,8 +274,11 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
     takes the most likely token. Returns tokens [N], their log-probabilities [N] and the distributions' entropies [N],
     in nats (at temperature 0 those of temperature 1).
     """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # [N, V]
-    probs = logprobs.exp()
+    scaled = logits.to(torch.float32, copy=True).div_(temperature or 1.0)  # [N, V]
+    # In place, here and below: fresh memory for so many numbers costs a CPU more than the arithmetic. The bound keeps
+    # 0 * log 0 a number.
+    logprobs = scaled.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)
+    probs = torch.exp(logprobs, out=scaled)
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
@@ -272,7 +286,7 @@ def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: flo
         # Rounding leaves the last cumulative value a little off 1: the target is a share of that value instead.
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], torch.special.entr(probs).sum(dim=-1)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], -torch.linalg.vecdot(probs, logprobs)
 
 
 def count_sketch(tensors: list[torch.Tensor], size: int, seed: int) -> torch.Tensor:
@@ -661,35 +675,27 @@ class Policy:
     masters: dict[str, torch.Tensor]  # the model's own parameters when they are float32
     team: Team = field(default_factory=Team)  # the processes that train it
 
+    def __post_init__(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if self.masters[name] is not parameter:
+                parameter.register_post_accumulate_grad_hook(partial(add_to_master, self.masters[name]))
+
     @property
     def size(self) -> int:
         """Number of parameters."""
         return sum(master.numel() for master in self.masters.values())
 
-    def take_gradients(self) -> None:
-        """Add the working weights' gradients to the masters' and clear them: sums of many passes stay in float32."""
-        for name, parameter in self.model.named_parameters():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                master.grad += parameter.grad
-                parameter.grad = None
-
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """The working weights' present gradients."""
-        named = self.model.named_parameters()
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
-
     @contextmanager
-    def apart(self) -> Iterator[None]:
-        """In the body the working weights' gradients are those of the body alone; after it they join the former."""
-        parameters = list(self.model.parameters())
-        former = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        yield
-        for parameter, gradient in zip(parameters, former, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+    def apart(self) -> Iterator[dict[str, torch.Tensor]]:
+        """In the body the masters' gradients, yielded by name, are its own; after it they join the former ones."""
+        former: dict[str, Any] = {name: master.grad for name, master in self.masters.items()}
+        own = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            master.grad = own[name]
+        yield own
+        for name, master in self.masters.items():
+            if former[name] is not None:
+                master.grad = former[name].add_(own[name])
 
     def publish(self) -> None:
         """Copy the masters into the working weights, so that rollout and training see the same policy."""
@@ -697,6 +703,13 @@ class Policy:
             for name, parameter in self.model.named_parameters():
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
+
+
+def add_to_master(master: Any, parameter: Any) -> None:
+    """Move a parameter's new gradient to its float32 master: sums of many passes stay in float32, and none is kept."""
+    for total, part in zip(master.grad.split(1024), parameter.grad.split(1024), strict=True):
+        total += part  # a part at a time: torch copies what it adds to float32
+    parameter.grad = None
 
 
 def tiny_model() -> tuple[Any, Any]:
@@ -716,12 +729,71 @@ def tiny_model() -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def grouped_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor,
+    scaling: float, **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as two matrix products, query heads that share a key head being further queries of it.
+
+    query: [B, H, T, D]; key, value: [B, K, N, D] with K dividing H; attention_mask: [B or 1, 1, T, N], added to the
+    scores. Returns [B, T, H, D]. On a CPU several times faster than torch's fused kernel.
+    """
+    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, K, H/K, T, D]
+    scores = (grouped * scaling).flatten(2, 3) @ key.transpose(2, 3)
+    probs = (scores.unflatten(2, grouped.shape[2:4]) + attention_mask[:, :, None]).softmax(-1)  # [B, K, H/K, T, N]
+    return (probs.flatten(2, 3) @ value).reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", eager_mask)
+
+
+class OneDnnProduct(torch.autograd.Function):
+    """a [..., N, K] @ b [M, K].T and its gradients by oneDNN: as exact as by MKL, in float32 up to twice as fast."""
+
+    @staticmethod
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return OneDnnProduct.product(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = ctx.saved_tensors
+        rows, inputs = gradient.flatten(0, -2), a.flatten(0, -2)
+        return OneDnnProduct.product(gradient, b.T), OneDnnProduct.product(rows.T, inputs.T)
+
+
+class OneDnnLinear(torch.nn.Linear):
+    """A linear layer by oneDNN."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = OneDnnProduct.apply(input, self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+def for_cpu(model: Any) -> Any:
+    """The same model, its attention and float32 products computed in the ways that are fast on a CPU."""
+    if model.config._attn_implementation == "sdpa":  # where a model's attention is of another kind, it keeps that
+        model.set_attn_implementation("grouped")
+    for module in model.modules():
+        # In bfloat16 torch uses oneDNN by itself; some builds, as for Apple's processors, come without it.
+        plain = type(module) is torch.nn.Linear and module.weight.dtype == torch.float32
+        if plain and torch.backends.mkldnn.is_available():
+            module.__class__ = OneDnnLinear
+    return model
+
+
 def from_pretrained(config: Config, path: str, dtype: str) -> tuple[Any, Any]:
     """Model and tokenizer of a directory or hub name. Raises InputError."""
     try:
         # Never code from the model's directory: without the argument transformers would ask, and wait for an answer.
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
-        return model.to(config.device), AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = for_cpu(model) if config.device == "cpu" else model.to(config.device)
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, SafetensorError, ...
         hint = "(without a network: --model DIR --data FILE.jsonl)"
         raise InputError(f"cannot load model {path}: {first_line(error)} {hint}") from error
@@ -745,8 +817,6 @@ def load_policy(config: Config, rows: Dataset, team: Team) -> Policy:
     masters = dict(model.named_parameters())
     if config.dtype != "float32":
         masters = {name: p.detach().float() for name, p in masters.items()}
-    for master in masters.values():
-        master.grad = torch.zeros_like(master)
     return Policy(model, tokenizer, sorted(ends), masters, team)
 
 
@@ -825,7 +895,8 @@ def supervised(model: Any, tokenizer: Any, rows: Dataset, config: Config) -> Non
         chosen, queue = queue[: config.sft_batch], queue[config.sft_batch :]
         pairs = [(problems[i].prompt, [*solutions[i], tokenizer.eos_token_id]) for i in chosen]
         total, loss = sum(len(solution) for _, solution in pairs), 0.0
-        for part in (pairs[i : i + config.micro_batch] for i in range(0, len(pairs), config.micro_batch)):
+        for rows in passes([len(prompt) + len(solution) for prompt, solution in pairs], config.micro_batch):
+            part = [pairs[row] for row in rows]
             ids = [torch.tensor(prompt + solution)[: context_length(model)] for prompt, solution in part]
             labels = [torch.tensor([-100] * len(prompt) + solution) for prompt, solution in part]  # -100: not predicted
             batch = pad_sequence(ids, batch_first=True).to(model.device)
@@ -874,12 +945,46 @@ class Rollout:
         return torch.arange(self.tokens.shape[2], device=self.tokens.device) < self.lengths[..., None]
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for tokens to come, so that a token is written into it and not all copied anew.
+
+    Behind a prompt, what is handed out ends with up to ROOM - 1 places without a token, which the causal mask hides.
+    """
+
+    ROOM = 64
+    keys: Any
+    values: Any
+    length = 0  # tokens held
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        total = self.length + query_length
+        return (-(-total // self.ROOM) * self.ROOM if self.length else total), 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add tokens, [B, K, T, D] each; returns all keys and values, [B, K, N, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        room = self.get_mask_sizes(key_states.shape[2])[0] - self.keys.shape[2]
+        if room:
+            pad = torch.nn.functional.pad
+            self.keys, self.values = pad(self.keys, (0, 0, 0, room)), pad(self.values, (0, 0, 0, room))
+        new = slice(self.length, self.length + key_states.shape[2])
+        self.keys[:, :, new], self.values[:, :, new], self.length = key_states, value_states, new.stop
+        return self.keys, self.values
+
+
 @torch.no_grad()
 def rollout(policy: Policy, prompts: list[list[int]], uniforms: torch.Tensor, temperature: float) -> Rollout:
     """Sample G completions of at most T tokens for each of P prompts; temperature 0 is greedy.
 
     uniforms: [P, G, T] in [0, 1), one a token. Every prompt is encoded once, then its cache is replicated; rows that
-    have ended leave the batch.
+    have ended leave the batch, some at a time.
     """
     model, device = policy.model, policy.model.device
     P, G, T = uniforms.shape
@@ -887,10 +992,13 @@ def rollout(policy: Policy, prompts: list[list[int]], uniforms: torch.Tensor, te
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     width = int(lengths.max())
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)  # [P, width]
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    position = (mask.cumsum(1) - 1).clamp(min=0)  # of left-padded rows, explicitly: absolute positions need it
-    output = model(ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache, logits = output.past_key_values, output.logits[:, -1].repeat_interleave(G, 0)  # [R, V], R = P*G
+    slots = torch.arange(-(-(width + T) // RoomyLayer.ROOM) * RoomyLayer.ROOM, device=device)  # the cache's at most
+    mask = ((slots >= width - lengths[:, None]) & (slots < width)).long()  # [P, slots]
+    position = (mask[:, :width].cumsum(1) - 1).clamp(min=0)  # of left-padded rows, which absolute ones depend on
+    cache = Cache([RoomyLayer() for _ in range(model.config.num_hidden_layers)])
+    output = model(
+        ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = output.logits[:, -1].repeat_interleave(G, 0)  # [R, V], R = P*G
     cache.batch_repeat_interleave(G)
     mask, position = mask.repeat_interleave(G, 0), lengths.repeat_interleave(G)[:, None]
 
@@ -910,10 +1018,10 @@ def rollout(policy: Policy, prompts: list[list[int]], uniforms: torch.Tensor, te
             running = (~ended[rows]).nonzero()[:, 0]
             if len(running) == 0:
                 break
-            if len(running) < len(rows):
+            if len(running) < 0.9 * len(rows):  # which copies the cache: not for every row that ends
                 rows, drawn, mask = rows[running], drawn[running], mask[running]
                 cache.batch_select_indices(running)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask[:, width + t] = 1
         logits = model(
             drawn[:, None], attention_mask=mask, position_ids=position[rows] + t, past_key_values=cache, use_cache=True
         ).logits[:, -1]
@@ -995,7 +1103,7 @@ class Batch:
 
 def encode_prefix(model: Any, prompt: torch.Tensor) -> Any:
     """Cache [1, L-1] of all but the prompt's last token, which starts the completions' pass; None for one token."""
-    return model(prompt[None, :-1], use_cache=True, logits_to_keep=1).past_key_values if len(prompt) > 1 else None
+    return model.base_model(prompt[None, :-1], use_cache=True).past_key_values if len(prompt) > 1 else None
 
 
 def fork(cache: Any, n: int) -> Any:
@@ -1009,19 +1117,69 @@ def fork(cache: Any, n: int) -> Any:
     return forked
 
 
-def completion_logprobs(
-    model: Any, prompt: torch.Tensor, prefix: Any, tokens: torch.Tensor, lengths: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """Log-probabilities in nats of all completions' tokens, one after the other: [lengths.sum()].
+class Passthrough(torch.nn.Module):
+    """Stands in for the body of a model whose hidden states are known: they come in as embeddings and go out again."""
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+
+
+def apply_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V] of hidden states [N, D], by the model's own forward, with whatever it scales and caps there."""
+    head = copy.copy(model)
+    head._modules = {**model._modules, model.base_model_prefix: Passthrough()}
+    return head(inputs_embeds=hidden[None]).logits[0]
+
+
+LOGITS = 1 << 23  # numbers held at once: a large vocabulary would else fill the memory
+
+
+def chunks(model: Any, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors [N, ...] in parts of as many rows as the model makes logits for at once."""
+    return zip(*(tensor.split(max(1, LOGITS // model.config.vocab_size)) for tensor in tensors), strict=True)
+
+
+def passes(lengths: list[int], limit: int) -> Iterator[list[int]]:
+    """Rows of these lengths, the longest first, in parts of at most `limit` tokens with their padding, or one row."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    while rows:
+        count = max(1, limit // lengths[rows[0]])
+        yield rows[:count]
+        rows = rows[count:]
+
+
+def completion_states(
+    model: Any, prompt: torch.Tensor, prefix: Any, tokens: torch.Tensor, lengths: torch.Tensor, limit: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Passes of at most `limit` tokens: hidden states [N, D], the tokens [N] that they predict, and the places [N] of
+    these among all completions' tokens, one after the other.
 
     prompt: [L]; prefix: encode_prefix of it; tokens: [n, T]; lengths: [n]. Padding stands on the right, where no token
     of a completion attends to it, so no mask is needed.
     """
-    tokens = tokens[:, : int(lengths.max())]
-    inputs = torch.cat([prompt[-1].expand(len(tokens), 1), tokens[:, :-1]], dim=1)
-    valid = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]  # [n, T]
-    logits = model(inputs, past_key_values=fork(prefix, len(tokens)), use_cache=prefix is not None).logits[valid]
-    return token_logprobs(logits, tokens[valid], temperature)
+    sizes = lengths.tolist()
+    places = torch.arange(sum(sizes), device=tokens.device).split(sizes)
+    for rows in passes(sizes, limit):
+        part = tokens[rows, : sizes[rows[0]]]  # [m, T']
+        inputs = torch.cat([prompt[-1].expand(len(rows), 1), part[:, :-1]], dim=1)
+        valid = torch.arange(part.shape[1], device=tokens.device) < lengths[rows, None]
+        output = model.base_model(inputs, past_key_values=fork(prefix, len(rows)), use_cache=prefix is not None)
+        yield output.last_hidden_state[valid], part[valid], torch.cat([places[row] for row in rows])
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: Any, prompt: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor, config: Config
+) -> torch.Tensor:
+    """Log-probabilities in nats of all completions' tokens, one after the other: [lengths.sum()].
+
+    prompt: [L]; tokens: [n, T]; lengths: [n].
+    """
+    prefix, found = encode_prefix(model, prompt), torch.zeros(int(lengths.sum()), device=tokens.device)
+    for batch in completion_states(model, prompt, prefix, tokens, lengths, config.micro_batch):
+        for hidden, wanted, places in chunks(model, *batch):
+            found[places] = token_logprobs(apply_head(model, hidden), wanted, config.temperature)
+    return found
 
 
 def prompt_backward(
@@ -1032,8 +1190,8 @@ def prompt_backward(
 
     prompt: [L]; tokens: [G, T]; lengths, advantages, weights: [G]; old: the log-probabilities that the importance ratio
     is taken to (None: the present ones, ratio 1); reference: model of the KL term, or None. The prompt is encoded once:
-    every pass of --micro-batch completions leaves its gradient in the prefix's keys and values, from where all of it
-    goes back through the prompt together.
+    every pass leaves its gradient at the prompt's keys and values, from where all of it goes back through the prompt
+    together. Likewise every chunk of a pass's logits leaves its gradient at the hidden states.
     """
     prefix = encode_prefix(model, prompt)
     layers = prefix.layers if prefix else []
@@ -1041,25 +1199,23 @@ def prompt_backward(
     leaves = [root.detach().requires_grad_() for root in roots]
     for layer, keys, values in zip(layers, leaves[::2], leaves[1::2], strict=True):
         layer.keys, layer.values = keys, values
-    with torch.no_grad():
-        reference_prefix = encode_prefix(reference, prompt) if reference else None
-    found, ends = [], [0, *lengths.cumsum(0).tolist()]
-    for start in range(0, len(tokens), config.micro_batch):
-        part = slice(start, min(start + config.micro_batch, len(tokens)))
-        logprobs = completion_logprobs(model, prompt, prefix, tokens[part], lengths[part], config.temperature)
-        before = logprobs.detach() if old is None else old[ends[part.start] : ends[part.stop]]
-        weight, advantage = (x[part].repeat_interleave(lengths[part]) for x in (weights, advantages))
-        loss = policy_loss(logprobs, before, advantage, weight, config.clip)
-        if reference:
-            with torch.no_grad():
-                anchor = completion_logprobs(
-                    reference, prompt, reference_prefix, tokens[part], lengths[part], config.temperature)
-            loss = loss + config.kl * (weight * k3_divergence(logprobs, anchor)).sum()
-        loss.backward()
-        found.append(logprobs.detach())
+    weight, advantage = (x.repeat_interleave(lengths) for x in (weights, advantages))  # [lengths.sum()]
+    anchor = completion_logprobs(reference, prompt, tokens, lengths, config) if reference else None
+    found = torch.zeros_like(weight)
+    for hidden, *rest in completion_states(model, prompt, prefix, tokens, lengths, config.micro_batch):
+        states = hidden.detach().requires_grad_()
+        for part, wanted, places in chunks(model, states, *rest):
+            logprobs = token_logprobs(apply_head(model, part), wanted, config.temperature)
+            found[places] = logprobs.detach()
+            before = found[places] if old is None else old[places]
+            loss = policy_loss(logprobs, before, advantage[places], weight[places], config.clip)
+            if anchor is not None:
+                loss = loss + config.kl * (weight[places] * k3_divergence(logprobs, anchor[places])).sum()
+            loss.backward()
+        hidden.backward(states.grad)
     if roots:
         torch.autograd.backward(roots, [leaf.grad for leaf in leaves])
-    return torch.cat(found)
+    return found
 
 
 SMALL = 1_000_000  # parameters up to which gradients are kept whole and measured often
@@ -1094,11 +1250,24 @@ def halves(group: int) -> list[slice]:
     return [slice(0, (group + 1) // 2), slice((group + 1) // 2, group)]
 
 
-def probe(policy: Policy, batch: Batch, p: int, half: int, scale: float, config: Config) -> float:
-    """Curvature of prompt p's objective along the present gradients (those of one half), on the other half's samples.
+class Bound(torch.nn.Module):
+    """A function of a model as a module, to which functional_call can give other weights."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], model: Any) -> None:
+        super().__init__()
+        self.function, self.model = function, model
+
+    def forward(self, *arguments: Any) -> torch.Tensor:
+        return self.function(self.model, *arguments)
+
+
+def probe(
+    policy: Policy, batch: Batch, p: int, half: int, direction: dict[str, torch.Tensor], scale: float, config: Config
+) -> float:
+    """Curvature of prompt p's objective along a direction, the gradients of one half, on the other half's samples.
 
     The other half has its own leave-one-out baseline, so that next to nothing of the direction's noise is in it. scale:
-    from the present gradients to the prompt gradient. NaN where the other half has a single completion, and where the
+    from those gradients to the prompt gradient. NaN where the other half has a single completion, and where the
     direction's half was rewarded alike: then only the other half's rewards make it a direction at all.
     """
     parts = halves(batch.rewards.shape[1])
@@ -1106,18 +1275,13 @@ def probe(policy: Policy, batch: Batch, p: int, half: int, scale: float, config:
     tokens, lengths, rewards = batch.sampled.tokens[p][rows], batch.sampled.lengths[p][rows], batch.rewards[p][rows]
     if len(rewards) < 2 or own.max() == own.min():
         return math.nan
-    direction = policy.gradients()
     prompt = torch.tensor(batch.prompts[p], device=tokens.device)
 
     def sequence_logprobs(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        def model(*inputs: Any, **options: Any) -> Any:
-            return torch.func.functional_call(policy.model, parameters, inputs, options)
-
-        prefix, found = encode_prefix(model, prompt), []
-        for tokens_part, part in zip(tokens.split(config.micro_batch), lengths.split(config.micro_batch), strict=True):
-            logprobs = completion_logprobs(model, prompt, prefix, tokens_part, part, config.temperature)
-            found += [sequence.double().sum() for sequence in logprobs.split(part.tolist())]
-        return torch.stack(found)
+        named = {f"model.{name}": tensor for name, tensor in parameters.items()}
+        bound = Bound(completion_logprobs, policy.model)
+        found = torch.func.functional_call(bound, named, (prompt, tokens, lengths, config))
+        return torch.stack([sequence.double().sum() for sequence in found.split(lengths.tolist())])
 
     advantages = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
     # The gradient is a mean of advantage * score: over the rewards' deviation it is about the scores' size along it.
@@ -1136,18 +1300,17 @@ def measured_backward(
         size = rows.stop - rows.start
         # From the loss's gradient to the leave-one-out estimate of the prompt's: a mean, not normalized, uphill.
         scale = group / (group - 1) / (float(weights[p, 0]) * size * float(batch.scale[p]))
-        with policy.apart():
+        with policy.apart() as gradients:
             found.append(prompt_backward(
                 policy.model, torch.tensor(batch.prompts[p], device=weights.device), batch.sampled.tokens[p][rows],
                 batch.sampled.lengths[p][rows], advantages[rows], weights[p][rows], config))
-            gradients = list(policy.gradients().values())
             if policy.size <= SMALL:
-                vector = torch.cat([gradient.flatten() for gradient in gradients])
+                vector = torch.cat([gradient.flatten() for gradient in gradients.values()])
             else:
-                vector = count_sketch(gradients, config.sketch, seed=0)
+                vector = count_sketch(list(gradients.values()), config.sketch, seed=0)
             measured.gradients[p, half] = -scale * vector
             if curvature:
-                measured.curvature[p, half] = probe(policy, batch, p, half, scale, config)
+                measured.curvature[p, half] = probe(policy, batch, p, half, gradients, scale, config)
     return torch.cat(found)
 
 
@@ -1202,6 +1365,8 @@ def update(
     measured = Measured.of(policy, batch, config) if geometry or curvature else None
     old: dict[int, torch.Tensor] = {}
     for epoch in range(config.epochs):
+        for master in masters:  # which have none between the steps: a rollout needs the memory
+            master.grad = torch.zeros_like(master)
         for p in active[policy.team.rank :: policy.team.size]:
             if measured and defined and epoch == 0:
                 logprobs = measured_backward(policy, batch, p, weights, config, measured, curvature)
@@ -1209,7 +1374,6 @@ def update(
                 logprobs = prompt_backward(
                     policy.model, torch.tensor(batch.prompts[p], device=advantages.device), sampled.tokens[p],
                     sampled.lengths[p], advantages[p], weights[p], config, old.get(p), reference)
-            policy.take_gradients()
             if epoch == 0:
                 gap = max(gap, float((logprobs - sampled.logprobs[p][sampled.valid[p]]).abs().max()))
                 old |= {p: logprobs} if config.epochs > 1 else {}
@@ -1218,7 +1382,7 @@ def update(
         if math.isfinite(norms[-1]):
             optimizer.step()
             policy.publish()
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()
     gap = max(policy.team.gather(gap))
     if measured:
         measured.join(policy.team)
@@ -1238,7 +1402,7 @@ def make_optimizer(policy: Policy, config: Config) -> Any:
     """AdamW or plain SGD over the float32 masters, without weight decay: the start policy is not to be forgotten."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(policy.masters.values(), lr=config.lr)
-    return torch.optim.AdamW(policy.masters.values(), lr=config.lr, weight_decay=0.0)
+    return torch.optim.AdamW(policy.masters.values(), lr=config.lr, weight_decay=0.0, fused=True)
 
 
 # -------------------------------------------- What a run leaves on disk ---------------------------------------------
@@ -1446,11 +1610,13 @@ def training_step(
     """Rollout and update; returns the step's log line and those of its prompts."""
     began = time.perf_counter()
     batch = sample_batch(policy, step, problems, reward, config)
+    release_memory()
     sampled = time.perf_counter()
     optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
     line, rows = describe(batch, step)
     geometry, curvature = due(step, policy.size, config)
     changes, measurements = update(policy, optimizer, batch, config, reference, geometry, curvature)
+    release_memory()
     ended = time.perf_counter()
     line |= changes | {
         "lr": optimizer.param_groups[0]["lr"],
@@ -1586,6 +1752,12 @@ def train_policy(
             if skipped == 5:
                 raise RunError(f"no finite gradient in 5 steps in a row, up to {step}; the last checkpoint is whole")
     return finish(policy, optimizer, skipped, held_out, reward, config)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where it is glibc that keeps it: rollout and update would else add up."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
 
 
 def show(bar: Any, line: dict[str, Any], config: Config) -> None:

@@ -33,7 +33,16 @@ from datasets import Dataset
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import optimize
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    LlamaConfig,
+)
 
 import analyze
 import grpo
@@ -48,7 +57,10 @@ slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRP
 
 
 def make_model(kind: str, vocabulary: int = 23, dtype: torch.dtype = torch.float32):
-    """A random transformer: absolute positions (gpt2), or rotary ones with shared key-value heads (llama)."""
+    """A random transformer: absolute positions (gpt2), or rotary ones with shared key-value heads (llama).
+
+    Of the latter kind some scale their logits (granite, cohere), or cap them, and attend to a window (gemma2).
+    """
     torch.manual_seed(0)
     if kind == "gpt2":
         config = GPT2Config(
@@ -65,7 +77,13 @@ def make_model(kind: str, vocabulary: int = 23, dtype: torch.dtype = torch.float
         )
         model = GPT2LMHeadModel(config)
     else:
-        config = LlamaConfig(
+        configs = {"llama": LlamaConfig, "granite": GraniteConfig, "cohere": CohereConfig, "gemma2": Gemma2Config}
+        special = {
+            "granite": dict(logits_scaling=3.0, attention_multiplier=0.2),
+            "cohere": dict(logit_scale=0.3),
+            "gemma2": dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
+        }
+        config = configs[kind](
             vocab_size=vocabulary,
             hidden_size=32,
             intermediate_size=64,
@@ -76,8 +94,9 @@ def make_model(kind: str, vocabulary: int = 23, dtype: torch.dtype = torch.float
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=0,
+            **special.get(kind, {}),
         )
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():  # far from uniform: distributions with a shape, and a visible position
         parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
     return model.to(dtype).eval()
@@ -287,6 +306,22 @@ def test_rollout_logprobs_and_entropy_are_those_of_the_naive_pass(temperature):
             torch.testing.assert_close(sampled.entropy[p, g, : len(tokens)], entropy, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("room", [1, 4, 64])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("fast", [False, True])
+def test_rollout_logprobs_do_not_depend_on_the_cache_and_the_attention(kind, room, fast, monkeypatch):
+    """Room for tokens that runs out at every step, some steps, or never, and the model's own attention or the CPU's."""
+    monkeypatch.setattr(grpo.RoomyLayer, "ROOM", room)
+    naive, model = make_model(kind), make_model(kind)
+    sampled = grpo.rollout(make_policy(grpo.for_cpu(model) if fast else model), PROMPTS, uniforms(4, 6, 10), 1.0)
+    assert model.config._attn_implementation == ("eager" if kind == "gemma2" else "grouped" if fast else "sdpa")
+    for p, prompt in enumerate(PROMPTS):
+        for g in range(6):
+            tokens = sampled.tokens[p, g, : sampled.lengths[p, g]].tolist()
+            expected = naive_logprobs(naive, prompt, tokens)
+            torch.testing.assert_close(sampled.logprobs[p, g, : len(tokens)], expected, rtol=0, atol=1e-5)
+
+
 def test_sampled_frequencies_match_the_models_probabilities():
     """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation config says."""
     model = make_model("gpt2", vocabulary=5)
@@ -356,7 +391,7 @@ def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind
     expected = flat_gradient(model.parameters())
     order = torch.tensor([3, 0, 4, 1, 2])
     padded = torch.nn.functional.pad(batch.sampled.tokens, (0, 7), value=22)
-    for micro, rows, tokens in ((64, slice(None), batch.sampled.tokens), (2, slice(None), padded), (1, order, padded)):
+    for micro, rows, tokens in ((99, slice(None), batch.sampled.tokens), (18, slice(None), padded), (1, order, padded)):
         model.zero_grad()
         weights = grpo.token_weights(batch.sampled.lengths, agg).to(dtype)
         for p, prompt in enumerate(batch.prompts):
@@ -375,6 +410,52 @@ def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind
                 logprobs[: len(first)], naive, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-9
             )
         assert relative_error(flat_gradient(model.parameters()), expected) < bound
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "granite", "cohere", "gemma2"])
+def test_gradient_through_chunks_of_logits_equals_the_naive_one(kind, rows, monkeypatch):
+    """With the attention and the products that are used on a CPU, where the model allows them, and without."""
+    monkeypatch.setattr(grpo, "LOGITS", rows * 23)
+    seen, whole = [], grpo.apply_head
+    monkeypatch.setattr(grpo, "apply_head", lambda model, hidden: seen.append(len(hidden)) or whole(model, hidden))
+    naive = make_model(kind)
+    policies = [make_policy(make_model(kind)), make_policy(grpo.for_cpu(make_model(kind)))]
+    batch = make_batch(policies[0])
+    naive_loss(naive, batch, "sequence").backward()
+    expected = flat_gradient(naive.parameters())
+    for policy in policies:
+        for p in range(4):
+            grpo.prompt_backward(
+                policy.model,
+                torch.tensor(PROMPTS[p]),
+                batch.sampled.tokens[p],
+                batch.sampled.lengths[p],
+                batch.advantages[p].float(),
+                torch.full((5,), 1 / 20),
+                Config(micro_batch=18),
+            )
+        assert relative_error(flat_gradient(policy.model.parameters()), expected) < 1e-5
+    assert max(seen) == min(rows, 18)
+
+
+def test_passes_take_the_longest_completions_first_within_the_limit():
+    assert list(grpo.passes([3, 5, 1, 4, 3], 8)) == [[1], [3, 0], [4, 2]]
+    assert list(grpo.passes([3, 3, 2], 1)) == [[0], [1], [2]] and list(grpo.passes([2, 3], 6)) == [[1, 0]]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 7)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_linear_layer_by_onednn_is_torchs(shape, bias):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(7, 11, bias=bias), torch.randn(shape, requires_grad=True)
+    tensors, out = [x, *layer.parameters()], torch.randn(*shape[:-1], 11)
+    results = []
+    for kind in (torch.nn.Linear, grpo.OneDnnLinear):
+        layer.__class__ = kind
+        gradients = [torch.autograd.grad(y, tensors) for y in ((layer(x) * out).sum(), layer(x).sum())]
+        results.append([layer(x).detach(), *gradients[0], *gradients[1]])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.3])
@@ -421,10 +502,11 @@ def test_bfloat16_weights_follow_float32_masters():
     batch, config = make_batch(policy), Config(lr=1e-4, optimizer="sgd", max_grad_norm=0)
     total = {name: torch.zeros_like(master) for name, master in start.items()}
     weights = grpo.token_weights(batch.sampled.lengths, "sequence")
+    alone = make_model("gpt2", dtype=torch.bfloat16)
     for p in range(4):  # each prompt's gradient alone, summed in float32
-        policy.model.zero_grad()
+        alone.zero_grad()
         grpo.prompt_backward(
-            policy.model,
+            alone,
             torch.tensor(PROMPTS[p]),
             batch.sampled.tokens[p],
             batch.sampled.lengths[p],
@@ -432,15 +514,37 @@ def test_bfloat16_weights_follow_float32_masters():
             weights[p],
             config,
         )
-        for name, parameter in policy.model.named_parameters():
+        for name, parameter in alone.named_parameters():
             total[name] += parameter.grad.float()
-    policy.model.zero_grad()
     grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)
     for name, parameter in policy.model.named_parameters():
         torch.testing.assert_close(policy.masters[name], start[name] - 1e-4 * total[name], rtol=1e-6, atol=1e-7)
         assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, policy.masters[name].bfloat16())
     moved = [not torch.equal(start[name], master) for name, master in policy.masters.items()]
     assert all(moved)  # steps far below bfloat16's resolution are not lost
+
+
+def test_measuring_a_bfloat16_policy_leaves_the_same_gradient_in_the_masters():
+    policies = [make_policy(make_model("llama", dtype=torch.bfloat16)) for _ in range(2)]
+    batch, config = make_batch(policies[0], G=6), Config(micro_batch=1)
+    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
+    measured = grpo.Measured.of(policies[0], batch, config)
+    grpo.measured_backward(policies[0], batch, 0, weights, config, measured, True)
+    grpo.prompt_backward(
+        policies[1].model,
+        torch.tensor(PROMPTS[0]),
+        batch.sampled.tokens[0],
+        batch.sampled.lengths[0],
+        batch.advantages[0].float(),
+        weights[0],
+        config,
+    )
+    found, expected = (flat_gradient(policy.masters.values()) for policy in policies)
+    assert all(parameter.grad is None for parameter in policies[0].model.parameters())
+    # A completion a pass on both sides: what differs is that the prefix's two gradients are rounded before they add up.
+    assert relative_error(found, expected) < 2**-7 and float(expected.norm()) > 0
+    scale = 6 / 5 / (float(weights[0, 0]) * 3 * float(batch.scale[0]))
+    torch.testing.assert_close(measured.gradients[0].sum(0), -scale * found, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied():
@@ -450,7 +554,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     batch.advantages[0, 0] = math.nan
     assert grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)[0]["skipped"] == 1
     assert all(torch.equal(before[name], master) for name, master in policy.masters.items())
-    assert all(not master.grad.any() for master in policy.masters.values())
+    assert all(master.grad is None for master in policy.masters.values())
 
 
 # -------------------------------------------------- tasks and rewards -------------------------------------------------
@@ -625,7 +729,7 @@ def settings(tmp_path, cache):
         save_every=4,
         out=str(tmp_path / "run"),
         lr=1e-3,
-        micro_batch=3,
+        micro_batch=18,
     )
 
 
@@ -856,7 +960,7 @@ def test_a_warm_start_step_is_cross_entropy_over_the_solutions_tokens(tmp_path, 
     problems, found = Dataset.from_list(rows), []
     seen = lambda parameters, _: found.append(flat_gradient(parameters))  # noqa: E731
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
-    for micro in (64, 2):
+    for micro in (999, 40):
         model, tokenizer = grpo.tiny_model()
         grpo.supervised(model, tokenizer, problems, Config(sft_steps=1, sft_batch=5, micro_batch=micro))
     model, tokenizer = grpo.tiny_model()
@@ -1275,7 +1379,7 @@ def test_the_correction_makes_small_groups_agree_with_large_ones(prepared, probl
     encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)[:12]
     found = {}
     for G, draws in ((16, 30), (512, 3)):
-        config = replace(config, group=G, prompts=12, micro_batch=512)
+        config = replace(config, group=G, prompts=12, micro_batch=4096)
         rows = []
         for step in range(draws):
             batch = grpo.sample_batch(policy, step, encoded, even, config)
