@@ -1537,6 +1537,7 @@ def signalling(number: int, after: int, times: int = 1):
         calls.left -= 1
         for _ in range(times if calls.left == 0 else 0):
             os.kill(os.getpid(), number)
+            time.sleep(0.05)  # two at once would count as one
         return even(completion, answer)
 
     return reward
