@@ -413,8 +413,9 @@ DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 NUMBER = re.compile(rf"([-+]?)\s*({DIGITS})(?:/([0-9]+))?")
 # What may stand beside the digits of a number: words, units, currency, marks; no operator, no LaTeX, no "5x".
 BESIDE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}|(?<=\s)[A-Za-z]\b|[$€£%°*_()'\"?]|[,.:;/](?![0-9])")
-# Towers of powers, factorials and long numbers are legal LaTeX and take for ever: an answer has none.
-BOMB = re.compile(r"!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}")
+# Towers of powers, factorials, long numbers and deep brackets are legal LaTeX and take for ever, or memory that the
+# parser never gives back: an answer has none.
+BOMB = re.compile(r"!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}")
 
 
 def marked_answer(text: str) -> str | None:
@@ -453,7 +454,7 @@ def parse_number(text: str) -> Fraction | None:
 
 def same_latex(given: str, answer: str) -> bool:
     """Whether two LaTeX texts are equal, by math-verify, which may take a second to read and one to compare."""
-    if any(BOMB.search(text) for text in (given, answer)):
+    if any(len(text) > MAX_SPAN or BOMB.search(text) for text in (given, answer)):
         return False
     import math_verify  # a second to import: only where LaTeX is compared
 
