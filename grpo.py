@@ -132,7 +132,7 @@ class Config:
     max_new_tokens: int = setting(0, "longest completion; 0: 6 for arith, 512 for gsm8k, 1024 for math")
     temperature: float = setting(1.0, "of the sampled, and trained, distribution")
     steps: int = setting(300, "updates")
-    lr: float = setting(0.0, "learning rate; 0: 1e-4 for tiny, 1e-6 for other models")
+    lr: float = setting(0.0, "learning rate; 0: 3e-4 for tiny, 1e-6 for other models")
     warmup: int = setting(10, "steps of linear warm-up; constant afterwards")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "sgd is what the theory speaks of")
     max_grad_norm: float = setting(10.0, "clip the gradient to this norm, a guard against outliers; 0: never")
@@ -177,7 +177,7 @@ class Config:
         if "{question}" not in self.instruction:
             raise InputError("instruction has no {question}, so no prompt would hold its problem")
         self.max_new_tokens = self.max_new_tokens or TASKS[self.task].max_new_tokens
-        self.lr = self.lr or (1e-4 if tiny else 1e-6)
+        self.lr = self.lr or (3e-4 if tiny else 1e-6)
         if self.device == "auto":  # of several processes on a machine each takes the GPU of its number
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         self.micro_batch = self.micro_batch or (512 if self.device == "cpu" and not tiny else 4096)
