@@ -87,7 +87,7 @@ Reward = Callable[[str, str], float]  # (completion, answer) -> reward
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: one line, exit status 2, nothing written."""
+    """What the user gave cannot be used: one line, exit status 2, no run begun or changed."""
 
 
 class RunError(RuntimeError):
@@ -124,14 +124,14 @@ class Config:
     task: Literal["arith", "gsm8k", "math"] = setting("arith", "problems and their reward")
     model: str = setting("tiny", "'tiny' (embedded), a directory, or a hub name")
     data: str = setting("", "JSONL file of training problems instead of the task's own")
-    eval_data: str = setting("", "JSONL file of held-out problems; without it part of --data is held out")
+    eval_data: str = setting("", "JSONL file of held-out problems; empty: the task's test split, or part of --data")
     instruction: str = setting("", "prompt text around {question}; empty: the task's")
     chat: bool = setting(True, "use the tokenizer's chat template if it has one")
     prompts: int = setting(16, "P, prompts a step")
     group: int = setting(16, "G, completions a prompt")
     max_new_tokens: int = setting(0, "longest completion; 0: 6 for arith, 512 for gsm8k, 1024 for math")
     temperature: float = setting(1.0, "of the sampled, and trained, distribution")
-    steps: int = setting(300, "updates")
+    steps: int = setting(300, "batches sampled, each with --epochs updates")
     lr: float = setting(0.0, "learning rate; 0: 3e-4 for tiny, 1e-6 for other models")
     warmup: int = setting(10, "steps of linear warm-up; constant afterwards")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "sgd is what the theory speaks of")
@@ -166,7 +166,7 @@ class Config:
                 raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{name} is {value}, not a finite number")
-            ones = ("prompts", "epochs", "sketch", "save_every", "eval_problems")
+            ones = ("prompts", "epochs", "sketch", "save_every", "eval_problems", "rank_timeout")
             least = {"group": 2, "geometry_every": -1, "probe_every": -1, **dict.fromkeys(ones, 1)}.get(name, 0)
             if isinstance(value, (int, float)) and value < least:
                 raise InputError(f"{name} is {value}, below {least}")
@@ -178,15 +178,16 @@ class Config:
             raise InputError("instruction has no {question}, so no prompt would hold its problem")
         self.max_new_tokens = self.max_new_tokens or TASKS[self.task].max_new_tokens
         self.lr = self.lr or (3e-4 if tiny else 1e-6)
-        if self.device == "auto":  # of several processes on a machine each takes the GPU of its number
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if self.device in ("auto", "cuda"):  # of several processes on a machine each takes the GPU of its number
+            gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            self.device = gpu if self.device == "cuda" or torch.cuda.is_available() else "cpu"
         self.micro_batch = self.micro_batch or (512 if self.device == "cpu" and not tiny else 4096)
         self.sft_steps = self.sft_steps or (2000 if tiny else 0)
         self.sft_batch = self.sft_batch or (64 if tiny else 16)
         self.sft_lr = self.sft_lr or (6e-3 if tiny else 5e-5)
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.empty(0, dtype=torch.float64, device=self.device)  # which what is measured needs
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise InputError(f"device {self.device} cannot be used: {first_line(error)}") from error
         self.dtype = ("bfloat16" if "cuda" in self.device else "float32") if self.dtype == "auto" else self.dtype
         self.out = self.out or f"runs/{self.task}-{self.norm}-{self.seed}"
@@ -366,9 +367,9 @@ def directional_curvature(
     sequences, in nats. parameters: where to measure; direction: tensors of the same names, v = direction / |direction|.
     advantages: [n]. slope: a guess of how fast the log-probabilities change along v, in nats / parameter. Returns
     reward / parameter^2: the second difference over a step, found here, that changes the log-probabilities by 0.03 to
-    0.1 nats (root mean square). At the sampling policy this surrogate's Hessian is the sample Hessian of the expected
-    reward (a token-level ratio's is not). NaN for a direction of length 0, where no such step is found, and where
-    rounding could reach some percent of the result's usual size.
+    0.1 nats (root mean square, within a factor of 2). At the sampling policy this surrogate's Hessian is the sample
+    Hessian of the expected reward (a token-level ratio's is not). NaN for a direction of length 0, where no such step
+    is found, and where rounding could reach some percent of the result's usual size.
     """
     # In float64: torch's float32 norm of 10^8 numbers is off by a percent on a CPU.
     norm = float(sum(torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in direction.values())) ** 0.5
@@ -403,7 +404,7 @@ def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
     """Spearman's correlation of two series [n], ties at their mean rank; NaN where one is constant or n < 2."""
     ranks = [(v[:, None] > v).double().sum(1) + (v[:, None] == v).double().sum(1) / 2 for v in (x, y)]
     a, b = (rank - rank.mean() for rank in ranks)
-    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()) if len(x) else float("nan")
+    return float((a * b).sum() / (a.square().sum() * b.square().sum()).sqrt())
 
 
 # ---------------------------------------- Tasks, and rewards that check them ----------------------------------------
@@ -429,7 +430,7 @@ def marked_answer(text: str) -> str | None:
     if not rest.startswith("{"):
         return (re.match(r"[^\s$.,]*", rest) or [""])[0]  # "\boxed 5"
     for i, character in enumerate(rest):
-        if rest[i - 1] != "\\":
+        if rest[i - 1 : i] != "\\":
             depth += (character == "{") - (character == "}")
         if depth == 0:
             return rest[1:i].strip()
@@ -471,7 +472,8 @@ def grade(completion: str, answer: str) -> float:
     r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception, never over 3 seconds.
 
     The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last number. Numbers are
-    compared by value, separators, currency, percent sign and unit set aside; the rest as LaTeX by math-verify.
+    compared by value, separators, currency, percent sign and unit set aside; the rest as LaTeX by math-verify (in the main
+    thread: elsewhere nothing limits its time).
     """
     given, answer = marked_answer(completion), plain_latex(answer)
     if given is None:
@@ -532,10 +534,11 @@ def make_arith(held_out: int, size: int = 1 << 15) -> tuple[Dataset, Dataset]:
 
 
 def standard_columns(raw: Dataset, source: str, graded: bool) -> Dataset:
-    """Rows as question, answer (the final one) and solution ("" where there is none), whatever the columns' names.
+    """Rows as question, answer (the final one) and solution ("" where there is none).
 
-    Raises InputError for an empty data set, missing columns, and, where `grade` will read it, an answer that cannot be
-    graded, with its row number (the first is 1).
+    raw's columns: question, problem or prompt; answer, final_answer or solution. Raises InputError for an empty data
+    set, missing columns, and, where `grade` will read it, an answer that cannot be graded, with its row number (the
+    first is 1).
     """
     question = next((name for name in ("question", "problem", "prompt") if name in raw.column_names), "")
     answer = next((name for name in ("answer", "final_answer", "solution") if name in raw.column_names), "")
@@ -808,10 +811,8 @@ WARM_START_LIMIT = 24 * 3600.0  # seconds that the other processes wait for it
 
 def load_policy(config: Config, rows: Dataset, team: Team) -> Policy:
     """The start policy: the named model, warm-started if asked for, by the first process. Raises InputError."""
-    if config.sft_steps and team.rank == 0:
-        warm_start(config, rows)
-    team.gather("warm start", WARM_START_LIMIT)
-    path = warm_start(config, rows) if config.sft_steps else config.model
+    made = warm_start(config, rows) if config.sft_steps and team.rank == 0 else None
+    path = team.gather(made, WARM_START_LIMIT)[0] or config.model
     model, tokenizer = from_pretrained(config, str(path), config.dtype)
     model.eval()  # dropout would make the trained distribution another one than the sampled
     ends = getattr(model.generation_config, "eos_token_id", None)  # None, one id, or several
@@ -855,6 +856,9 @@ def encode_problems(rows: Dataset, model: Any, tokenizer: Any, config: Config) -
     return [Problem(*row) for row in zip(*columns, prompts, strict=True)]
 
 
+VERSION = 1  # of the warm start: models that another one made are not taken from the cache
+
+
 def warm_start(config: Config, rows: Dataset) -> Path:
     """Directory of the model after --sft-steps of supervised training on the problems' worked solutions.
 
@@ -864,7 +868,7 @@ def warm_start(config: Config, rows: Dataset) -> Path:
     files = sorted(Path(config.model).glob("*"))  # none for tiny or a hub name
     stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     names = ("model", "instruction", "chat", "sft_steps", "sft_batch", "sft_lr")
-    key = hashlib.sha256(json.dumps([1, stamp, [getattr(config, name) for name in names]]).encode())
+    key = hashlib.sha256(json.dumps([VERSION, stamp, [getattr(config, name) for name in names]]).encode())
     for column in ("question", "solution"):
         key.update("\0".join(rows[column]).encode())
     target = Path(config.cache).expanduser() / key.hexdigest()[:16]
@@ -876,12 +880,16 @@ def warm_start(config: Config, rows: Dataset) -> Path:
     supervised(model.to(config.device).eval(), tokenizer, rows, config)
     target.parent.mkdir(parents=True, exist_ok=True)
     made = tempfile.mkdtemp(dir=target.parent)
-    model.save_pretrained(made)
-    tokenizer.save_pretrained(made)
     try:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        os.chmod(made, 0o755)  # a cache may be shared
         os.rename(made, target)
-    except OSError:  # another run made it meanwhile
-        shutil.rmtree(made)
+    except OSError:
+        if not target.is_dir():  # else another run made it meanwhile
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return target
 
 
@@ -1034,15 +1042,17 @@ def rollout(policy: Policy, prompts: list[list[int]], uniforms: torch.Tensor, te
 
 def completions(policy: Policy, sampled: Rollout) -> list[list[str]]:
     """The text of every completion, [P][G], without special tokens."""
-    rows = [row[:length] for row, length in zip(
-        sampled.tokens.flatten(0, 1).tolist(), sampled.lengths.flatten().tolist(), strict=True)]
-    texts = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [texts[start : start + sampled.lengths.shape[1]] for start in range(0, len(texts), sampled.lengths.shape[1])]
+    groups = zip(sampled.tokens.tolist(), sampled.lengths.tolist(), strict=True)
+    parts = ([row[:length] for row, length in zip(*group, strict=True)] for group in groups)
+    return [policy.tokenizer.batch_decode(part, skip_special_tokens=True) for part in parts]
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """TimeoutError in a body that takes longer. Only the main thread gets the signal: elsewhere there is no limit."""
+    """TimeoutError in a body that takes longer, unless it sets an alarm of its own, as math_verify does.
+
+    Only the main thread gets the signal: elsewhere there is no limit.
+    """
     if seconds == 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -1135,12 +1145,12 @@ def apply_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return head(inputs_embeds=hidden[None]).logits[0]
 
 
-LOGITS = 1 << 23  # numbers held at once: a large vocabulary would else fill the memory
+MAX_LOGITS = 1 << 23  # numbers held at once: a large vocabulary would else fill the memory
 
 
 def chunks(model: Any, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Tensors [N, ...] in parts of as many rows as the model makes logits for at once."""
-    return zip(*(tensor.split(max(1, LOGITS // model.config.vocab_size)) for tensor in tensors), strict=True)
+    return zip(*(tensor.split(max(1, MAX_LOGITS // model.config.vocab_size)) for tensor in tensors), strict=True)
 
 
 def passes(lengths: list[int], limit: int) -> Iterator[list[int]]:
@@ -1245,8 +1255,7 @@ class Measured:
     def join(self, team: Team) -> None:
         """Take in what the other processes measured of their prompts."""
         team.add([self.gradients])
-        self.curvature = torch.stack(team.gather(self.curvature)).nan_to_num(nan=-math.inf).amax(dim=0)
-        self.curvature = torch.where(self.curvature > -math.inf, self.curvature, math.nan)
+        self.curvature = torch.stack(team.gather(self.curvature)).nanmean(dim=0)
 
 
 def halves(group: int) -> list[slice]:
@@ -1380,7 +1389,7 @@ def update(
                     sampled.lengths[p], advantages[p], weights[p], config, old.get(p), reference)
             if epoch == 0:
                 gap = max(gap, float((logprobs - sampled.logprobs[p][sampled.valid[p]]).abs().max()))
-                old |= {p: logprobs} if config.epochs > 1 else {}
+                old[p] = logprobs
         policy.team.add(master.grad for master in masters)
         norms.append(float(torch.nn.utils.clip_grad_norm_(masters, limit)) if finite else math.nan)
         if math.isfinite(norms[-1]):
@@ -1413,7 +1422,8 @@ def make_optimizer(policy: Policy, config: Config) -> Any:
 
 LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
 # Between a run and its resumption:
-MAY_CHANGE = ("steps", "eval_every", "save_every", "reward_timeout", "rank_timeout", "out", "resume", "cache")
+MAY_CHANGE = ("steps", "eval_every", "save_every", "reward_timeout", "rank_timeout", "device", "out", "resume",
+              "cache")
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1604,8 +1614,8 @@ def due(step: int, size: int, config: Config) -> tuple[bool, bool]:
     """Whether the geometry and the curvature are measured at this step, for a model of so many parameters."""
     usual = (1, 10) if size <= SMALL else (25, 25)
     chosen = (config.geometry_every, config.probe_every)
-    geometry, probe = (every if every >= 0 else default for every, default in zip(chosen, usual, strict=True))
-    return geometry > 0 and step % geometry == 0, probe > 0 and step % probe == 0
+    geometry, curvature = (every if every >= 0 else default for every, default in zip(chosen, usual, strict=True))
+    return geometry > 0 and step % geometry == 0, curvature > 0 and step % curvature == 0
 
 
 def training_step(
@@ -1638,7 +1648,7 @@ def evaluate(
 
     Every evaluation uses the same random numbers, so that what differs between two of them is the policy.
     """
-    rates, samples, size = {}, [], config.prompts * config.group  # as many rows at once as in training
+    rates, samples, size = {}, [], max(1, config.prompts * config.group // policy.team.size)
     mine = policy.team.share(len(problems))
     for key, temperature in (("eval_pass_rate", config.temperature), ("eval_greedy", 0.0)):
         rewards = [torch.zeros(0, 1, dtype=torch.float64)]
@@ -1648,7 +1658,7 @@ def evaluate(
             texts = completions(policy, rollout(policy, [problem.prompt for problem in part], uniforms, temperature))
             rewards.append(score(texts, [problem.answer for problem in part], reward, config.reward_timeout))
             if start == 0 and temperature:
-                first = list(zip(part, texts, rewards[1].tolist(), strict=True))[:4]
+                first = list(zip(part, texts, rewards[-1].tolist(), strict=True))[:4]
                 samples = [{"step": step, "question": problem.question, "completion": text[0], "answer": problem.answer,
                             "reward": value[0]} for problem, text, value in first]
         rates[key] = pass_rates(torch.cat(policy.team.gather(torch.cat(rewards)))).mean().item()
@@ -1677,7 +1687,7 @@ def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
         ("σ, within-prompt reward deviation", *(mean("reward_std", part) for part in ends)),
         ("signal share of gradients", *(mean("signal_share", part) for part in ends)),
         ("cosine of prompts, noise removed", *(cosine(part) for part in ends)),
-        ("curvature, cross-fitted", *(mean("curvature", part) for part in ends)),
+        ("curvature, of one half along the other", *(mean("curvature", part) for part in ends)),
     ]
     texts = [[v if isinstance(v, str) else "-" if math.isnan(v) else f"{v:.3f}" for v in row] for row in rows]
     other = "none" if config.norm != "none" else "std"
@@ -1695,8 +1705,8 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
 
     dataset: problems with columns question and answer (and solution, for a warm start) instead of the task's own;
     reward(completion, answer) -> float instead of the task's. Returns the last evaluation. Raises InputError for what
-    cannot be used, before anything is written, RunError for a run that cannot go on, and its subclass Interrupted after
-    SIGINT or SIGTERM, which are noted from the first step to the last and answered between two.
+    cannot be used, before a run is begun or changed, RunError for a run that cannot go on, and its subclass Interrupted
+    after SIGINT or SIGTERM, which are noted from the first step to the last and answered between two.
     """
     reward = reward or TASKS[config.task].reward
     check_out(config)

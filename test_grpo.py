@@ -416,7 +416,7 @@ def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "granite", "cohere", "gemma2"])
 def test_gradient_through_chunks_of_logits_equals_the_naive_one(kind, rows, monkeypatch):
     """With the attention and the products that are used on a CPU, where the model allows them, and without."""
-    monkeypatch.setattr(grpo, "LOGITS", rows * 23)
+    monkeypatch.setattr(grpo, "MAX_LOGITS", rows * 23)
     seen, whole = [], grpo.apply_head
     monkeypatch.setattr(grpo, "apply_head", lambda model, hidden: seen.append(len(hidden)) or whole(model, hidden))
     naive = make_model(kind)
@@ -581,7 +581,7 @@ GRADES = [  # completion, gold answer, reward
     ("\\boxed{5\\text{ cm}}", "5", 1), ("\\boxed{10,\\!000}", "10000", 1), ("\\boxed{\\$7.50}", "7.5", 1),
     ("\\boxed{(3,\\frac{\\pi}{2})}", "\\left( 3, \\frac{\\pi}{2} \\right)", 1), ("\\boxed{x \\in [-2,7]}", "[-2,7]", 1),
     ("\\boxed{(7,-2)}", "(-2,7)", 0), ("\\boxed{18", "18", 0), ("\\boxed{17} \\boxed{18", "17", 0),
-    ("\\boxed 5", "5", 1),
+    ("\\boxed 5", "5", 1), ("\\boxed{42} \\", "42", 1),
     ("\\boxed{}", "0", 0), ("\\boxed{x+1}", "1+x", 1), ("\\boxed{5(3)}", "53", 0), ("\\boxed{2^{10}}", "1024", 1),
 ]
 # fmt: on
@@ -885,6 +885,22 @@ def test_runs_are_not_mixed_up(train, settings):
     assert before == {path: path.read_bytes() for path in Path(settings["out"]).rglob("*") if path.is_file()}
 
 
+def test_a_run_resumes_on_another_device(train, settings):
+    """Of several processes, each on its GPU, the first one's stands in the settings: cuda:0."""
+    train(Config(**settings | dict(steps=2)))
+    file = Path(settings["out"]) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda:0"}))
+    train(Config(**settings | dict(steps=4, resume=True)))
+    assert [line["step"] for line in read(settings["out"])[-2:]] == [3, 4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there is no error to name the device")
+def test_every_process_takes_the_gpu_of_its_number(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="device cuda:1 cannot be used"):
+        Config(device="cuda")
+
+
 def test_torn_foreign_and_missing_checkpoints_are_named(train, settings):
     settings["steps"] = 2
     train(Config(**settings))
@@ -965,6 +981,17 @@ def test_the_warm_start_learns_and_is_made_once_for_all_seeds(tmp_path):
     prompts = [problem.prompt for problem in grpo.encode_problems(problems, policy.model, policy.tokenizer, Config())]
     texts = grpo.completions(policy, grpo.rollout(policy, prompts, uniforms(100, 1, 4), 0.0))
     assert [text for (text,) in texts] == [row["answer"] for row in rows]
+
+
+def test_a_warm_start_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.save_pretrained", full)
+    problems = Dataset.from_list([{"question": "1", "answer": "1", "solution": "1"}])
+    with pytest.raises(OSError, match="No space left"):
+        grpo.warm_start(Config(sft_steps=1, cache=str(tmp_path / "cache")), problems)
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_warm_start_step_is_cross_entropy_over_the_solutions_tokens(tmp_path, monkeypatch):
@@ -1984,6 +2011,7 @@ def command(*arguments: str) -> tuple[int, str]:
         (["--max-new-tokens", "500"], "has 8 tokens, with 500 new ones"),
         (["--out", "/dev/null/run"], "cannot write to /dev/null/run"),
         (["--device", "tpu9"], "device"),
+        (["--rank-timeout", "0"], "rank_timeout is 0.0, below 1"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys, cache):

@@ -38,7 +38,7 @@ import analyze  # noqa: E402
 import grpo  # noqa: E402
 
 NORMS = ("none", "std", "var")
-RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (1e-3, 3e-3, 5e-3, 1e-2, 1.7e-2, 3e-2, 5e-2, 1e-1)}
 CLIP = {"adamw": 10, "sgd": 0}  # plain SGD has no clipping: it would act on the norms unequally
 CHOOSING, COMPARING = (100, 101), (0, 1, 2, 3, 4)  # seeds
 QUIET = dict(geometry_every=0, probe_every=0, eval_every=0)  # nothing measured but pass rates
@@ -162,7 +162,9 @@ def svamp(out: Path, model: str, source: Path) -> Plan:
 def run(path: Path, flags: dict[str, Any], jobs: int) -> str:
     """Make one run, or what is missing of it; returns a line on how it ended."""
     if (path / "model").exists() and not (path / "checkpoint").exists():
-        return f"{path}: there already"
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        other = [key for key, value in flags.items() if str(config[key]) != str(type(config[key])(value))]
+        return f"{path}: there already" + f", but made with another {', '.join(other)}: remove it" * bool(other)
     path.parent.mkdir(parents=True, exist_ok=True)
     resume = ["--resume"] if (path / "config.json").exists() else []
     given = [f"--{key}={value}" for key, value in flags.items()]
