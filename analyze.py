@@ -41,7 +41,8 @@ from matplotlib import ticker  # noqa: E402
 KEYS = ["pass_rate", "reward", "reward_std", "cos_abs", "interference", "signal_share", "predicted_gain",
         "eval_pass_rate"]
 # Settings in which runs that are compared may differ: what is compared, and what changes nothing in training.
-FREE = ("norm", "seed", "lr", "out", "resume", "cache", "save_every", "eval_every")
+FREE = ("norm", "seed", "lr", "out", "resume", "cache", "save_every", "eval_every", "steps", "device", "reward_timeout",
+        "rank_timeout")
 
 
 @dataclass
@@ -263,7 +264,7 @@ def detect_phases(
     II and III), `intervals` (95%, block bootstrap), `levels`, whether or not the data support it. `segments` is how
     many they do support: 1, 2 or 3 levels by log-likelihood with AR(1) noise, less ln(n)/2 nats a level and ln(n) a
     boundary, one of n places. `p_value` is that of the last of these segments (of a second, if there is one), by block
-    permutation. Found means: three segments, p below 0.05; in either series three levels do better than smooth monotone
+    permutation. Found means: three segments, p below 0.05; in both series three levels do better than smooth monotone
     curves and than one step with a decay; both fall from I to III, with 95% intervals below 0; and the pass rate rises
     fastest in I. `reason` says what was found or which of this failed. Raises ValueError for unequal lengths.
     """
@@ -360,15 +361,16 @@ def curvature_law(
     "undetermined" where its interval is wider than 1 or reaches the end of EXPONENTS. bins: sigma, mean, standard
     error, envelope (90% quantile of |curvature|), n.
     """
-    values = np.unique(sigma.round(9))
+    sigma = sigma.round(9)
+    values = np.unique(sigma)
     edges = values if len(values) <= 8 else np.unique(np.quantile(sigma, np.linspace(0, 1, 9))[:-1])
-    bin_of = np.searchsorted(edges, sigma.round(9), side="right") - 1
+    bin_of = np.searchsorted(edges, sigma, side="right") - 1
     _, cluster = np.unique(cluster, return_inverse=True)
     sums = np.zeros((4, cluster.max(initial=-1) + 1, len(edges)))  # [quantity, cluster, bin]
     for row, value in zip(sums, (np.ones_like(sigma), sigma, variance, curvature), strict=True):
         np.add.at(row, (cluster, bin_of), value)
     counts = sums[0].sum(axis=0)
-    kept = [k for k in range(len(edges)) if counts[k] >= 10]
+    kept = [k for k in range(len(edges)) if counts[k] >= 10 and sums[2, :, k].sum() > 0]
     result: dict[str, Any] = {"n": len(sigma), "bins": [], "verdict": "undetermined"}
     if len(kept) < 3:
         return result | {"reason": f"{len(kept)} values of sigma with 10 curvatures or more, 3 are needed"}
@@ -431,9 +433,8 @@ def together(runs: list[Run], key: str) -> pd.DataFrame:
 
 def windows(table: Any, count: int = 30) -> Any:
     """Means of about `count` windows of a table or series over steps, indexed by their middle steps."""
-    width = max(1, math.ceil((table.index[-1] + 1) / count))
-    means = table.groupby(table.index // width).mean()
-    return means.set_axis(means.index * width + (width - 1) / 2)
+    window = table.index // max(1, math.ceil((table.index[-1] + 1) / count))
+    return table.groupby(window).mean().set_axis(table.index.to_series().groupby(window).mean().to_numpy())
 
 
 def all_reached(steps: Sequence[float]) -> list[float]:
@@ -500,14 +501,16 @@ def against_none(ours: list[Run], others: list[Run], target: float, phases: dict
         return {"pairs": 0, "measured": [], "bands": []}
     gains = windows(pd.concat([run.log["pass_rate"] - other.log["pass_rate"] for run, other in pairs], axis=1))
     grown = [growth(run, other, phases[str(run.path)]["boundaries"]) for run, other in pairs]
+    foresee = predicted if ours[0].config["norm"] == "std" else lambda *_: math.nan  # it speaks of steps 1/sigma
     measured, bands = [], []  # [speed-up, predicted] of each pair: to the target, and in five rises on the way
     for run, other in pairs:
         start = max(float(windows(r.log["pass_rate"]).iloc[0]) for r in (run, other))
         levels = np.linspace(min(start, target), target, 6)
         fast, slow = reach(run, levels), reach(other, levels)
-        measured.append([slow[-1] / fast[-1], predicted(other, 0, slow[-1])])
+        ratio = slow[-1] / fast[-1] if start < target else math.nan  # no race where one begins beyond the end
+        measured.append([ratio, foresee(other, 0, slow[-1])])
         took, needed = (np.where(np.diff(x) > 0, np.diff(x), math.nan) for x in (slow, fast))
-        foreseen = [predicted(other, a, b) for a, b in zip(slow, slow[1:], strict=False)]
+        foreseen = [foresee(other, a, b) for a, b in zip(slow, slow[1:], strict=False)]
         bands.append(np.stack([took / needed, foreseen], axis=1).tolist())
     return {
         "pairs": len(pairs), "gain": curve(gains),
@@ -523,18 +526,25 @@ def against_none(ours: list[Run], others: list[Run], target: float, phases: dict
 def compare(runs: list[Run], phases: dict[str, Any], decides: str, target: float | None) -> dict[str, Any]:
     """Runs that differ in norm, seed and learning rate alone: each norm at its best rate, and against `none`.
 
-    All up to the last step that each of them has, and one run a norm, rate and seed.
+    One run a norm, rate and seed; those of the best rates as far as each of them goes.
     """
-    short = len({int(run.log.index[-1]) for run in runs}) > 1  # some were stopped, or are still running
-    last = min(int(run.log["reward_std"].last_valid_index() if short else run.log.index[-1]) for run in runs)
+
+    def end(run: Run) -> int:
+        return int(run.log["reward_std"].last_valid_index())
+
+    def merit(tried: dict[int, Run]) -> tuple[int, float]:
+        """Of a rate: how far its runs went, as one that came to no end is not the best, then their mean pass rate."""
+        return min(map(end, tried.values())), float(np.mean([run.log["pass_rate"].mean() for run in tried.values()]))
+
     arms: dict[str, dict[float, dict[int, Run]]] = {}
     for run in runs:
-        cut = replace(run, log=run.log.loc[:last], halves=run.halves[run.halves["step"] <= last])
         by_rate = arms.setdefault(run.config["norm"], {})
-        by_rate.setdefault(number(run.config.get("lr")), {}).setdefault(run.config["seed"], cut)
-    best = {norm: max(by_rate, key=lambda lr: np.mean([run.log["pass_rate"].mean() for run in by_rate[lr].values()]))
-            for norm, by_rate in arms.items()}
-    chosen = {norm: list(arms[norm][best[norm]].values()) for norm in arms}
+        by_rate.setdefault(number(run.config.get("lr")), {}).setdefault(run.config["seed"], run)
+    best = {norm: max(by_rate, key=lambda lr: merit(by_rate[lr])) for norm, by_rate in arms.items()}
+    whole = [run for norm in arms for run in arms[norm][best[norm]].values()]
+    short = len({int(run.log.index[-1]) for run in whole}) > 1  # some were stopped, or are still running
+    last = min(end(run) if short else int(run.log.index[-1]) for run in whole)
+    chosen = {norm: [replace(run, log=run.log.loc[:last]) for run in arms[norm][best[norm]].values()] for norm in arms}
     finals = {norm: [last_tenth(run) for run in arm] for norm, arm in chosen.items()}
     goal = float(0.9 * min(np.mean(rates) for rates in finals.values())) if target is None else target
     norms = {}
@@ -558,7 +568,8 @@ def compare(runs: list[Run], phases: dict[str, Any], decides: str, target: float
 
 def run_phases(runs: list[Run]) -> dict[str, dict[str, Any]]:
     """detect_phases of a run, or of the mean of several, with either measure of orthogonality."""
-    mean = {key: together(runs, key).mean(axis=1) for key in ("reward_std", "pass_rate", "sampled", "corrected")}
+    mean = {key: together(runs, key).mean(axis=1, skipna=False)
+            for key in ("reward_std", "pass_rate", "sampled", "corrected")}
     steps = mean["reward_std"].index
     return {kind: detect_phases(mean["reward_std"], mean[kind], mean["pass_rate"], steps)
             for kind in ("sampled", "corrected")}
@@ -573,10 +584,13 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     names = dict.fromkeys(name for config in configs for name in config)
     differ = [name for name in names if any(config.get(name) != configs[0].get(name) for config in configs)]
     groups: dict[str, list[Run]] = {}
+    titles: dict[str, str] = {}  # of the settings in full: two of them may look alike when cut short
     for run, config in zip(runs, configs, strict=True):
         told = [name for name in differ or ("task", "model") if name in config]
-        title = ", ".join(f"{name} {' '.join(str(config[name]).split())[:40]}" for name in told) or "equal settings"
-        groups.setdefault(title, []).append(run)
+        title = ", ".join(f"{name} {' '.join(str(config[name]).split())[-40:]}" for name in told) or "equal settings"
+        key = json.dumps([config.get(name) for name in differ])
+        titles.setdefault(key, f"{title} ({len(groups) + 1})" if title in groups else title)
+        groups.setdefault(titles[key], []).append(run)
     return groups
 
 
@@ -603,9 +617,10 @@ def phase_lines(name: str, phases: dict[str, Any], decides: str) -> list[str]:
             sigma, angle = (" → ".join(f"{level[k]:.3f}" for level in phase["levels"]) for k in (0, 1))
             lines.append(f"  best split: II from step {a} [{i[0]}, {i[1]}], III from {b} [{j[0]}, {j[1]}]; σ {sigma}; "
                          f"orthogonality {angle}; p = {phase['p_value']:.3f} for a {ORDINALS[phase['segments']]} level")
-    if phases["sampled"]["found"] and not phases["corrected"]["found"]:
-        lines.append("- the two disagree: what changed between the phases is the sampling noise, not the geometry")
-    elif phases["corrected"]["found"] and not phases["sampled"]["found"]:
+    both = all(phase["boundaries"] for phase in phases.values())  # and not too short a series
+    if both and phases["sampled"]["found"] and not phases["corrected"]["found"]:
+        lines.append("- the two disagree: what changed between the phases may be the sampling noise alone")
+    elif both and phases["corrected"]["found"] and not phases["sampled"]["found"]:
         lines.append("- the two disagree: sampling noise hides what changed in the geometry")
     return lines
 
@@ -686,7 +701,7 @@ def analyse(runs: list[Run], problems: list[str], decides: str, target: float | 
     """All numbers of the report."""
     phases = {str(run.path): run_phases([run]) for run in runs}
     groups = {title: compare(members, phases, decides, target) for title, members in group_runs(runs).items()}
-    compared = [found for group in groups.values() for found in group["against_none"].values()]
+    compared = [group["against_none"]["std"] for group in groups.values() if "std" in group["against_none"]]
     measured = [pair for found in compared for pair in found["measured"]]
     tables = {"run by run": np.array(measured)[:, None] if measured else np.empty((0, 1, 2)),
               "in five equal rises of the pass rate": np.array([pair for found in compared for pair in found["bands"]])}

@@ -472,8 +472,8 @@ def grade(completion: str, answer: str) -> float:
     r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception, never over 3 seconds.
 
     The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last number. Numbers are
-    compared by value, separators, currency, percent sign and unit set aside; the rest as LaTeX by math-verify (in the main
-    thread: elsewhere nothing limits its time).
+    compared by value, separators, currency, percent sign and unit set aside; the rest as LaTeX by math-verify (whose
+    time nothing limits outside the main thread).
     """
     given, answer = marked_answer(completion), plain_latex(answer)
     if given is None:

@@ -2292,6 +2292,23 @@ def test_prompts_that_are_all_alike_make_no_law():
     assert signs["verdict"] == "no power law, the mean changes its sign"
 
 
+def test_every_curvature_is_in_the_bin_of_its_sigma():
+    """Halves of 32 have more values of sigma than bins; the smallest, sqrt(31)/32, is no round number."""
+    k = np.repeat(np.arange(1, 17), 50)  # right completions
+    sigma = np.sqrt(k * (32 - k)) / 32
+    law = analyze.curvature_law(sigma, sigma**2, -(sigma**2), np.arange(len(sigma)))
+    assert sum(b["n"] for b in law["bins"]) == len(sigma) and law["bins"][0]["sigma"] == pytest.approx(
+        (math.sqrt(31) + math.sqrt(60)) / 64, abs=1e-8)  # the lowest eighth: k = 1 and 2
+    assert law["alpha"] == pytest.approx(2, abs=0.021)
+
+
+def test_windows_stand_at_the_middle_of_their_steps():
+    series = pd.Series(np.arange(301.0) ** 2)  # 27 windows of 11 steps, and one of 4
+    means = analyze.windows(series)
+    assert means.index[0] == 5 and means.index[-1] == 298.5
+    assert means.iloc[-1] == pytest.approx(np.mean(np.arange(297.0, 301) ** 2))
+
+
 def test_means_and_their_intervals():
     assert analyze.mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2, 2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t: 4.3027
     mean, low, high = analyze.mean_interval([1.0, math.nan, 3.0])
@@ -2403,7 +2420,8 @@ def test_the_two_measures_may_disagree(tmp_path, capsys):
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert analyze.main([str(path)]) == 0
     text = capsys.readouterr().out
-    assert "steps: three phases found**" in text and "what changed between the phases is the sampling noise" in text
+    assert "steps: three phases found**" in text
+    assert "what changed between the phases may be the sampling noise alone" in text
     assert analyze.main([str(path), "--orthogonality", "corrected"]) == 0
     assert "steps: not found**" in capsys.readouterr().out
 
@@ -2420,6 +2438,38 @@ def test_runs_that_differ_in_more_are_compared_apart(tmp_path):
         "group 8": ["0", "1"],
         "group 64": ["2"],
     }
+
+
+def test_settings_that_look_alike_when_cut_short_are_told_apart(tmp_path):
+    texts = ("a " + "x" * 60, "b " + "x" * 60)
+    runs = [analyze.read_run(write_run(tmp_path / str(i), saturating(50, 40), seed=i, instruction=text, device=text[0]))
+            for i, text in enumerate((*texts, texts[0]))]
+    assert [[run.path.name for run in group] for group in analyze.group_runs(runs).values()] == [["0", "2"], ["1"]]
+
+
+def test_a_rate_whose_run_came_to_no_end_is_not_the_best(tmp_path):
+    runs = [analyze.read_run(write_run(tmp_path / f"{lr}", saturating(tau, n), lr=lr))
+            for lr, tau, n in ((1e-3, 50, 300), (1e-2, 5, 40))]
+    split = {"sampled": {"boundaries": []}}
+    found = analyze.compare(runs, {str(run.path): split for run in runs}, "sampled", None)
+    assert found["norms"]["std"]["lr"] == 1e-3 and found["last_step"] == 300 and not found["cut"]
+
+
+def test_what_begins_beyond_the_target_has_no_speed_up(tmp_path):
+    runs = [write_run(tmp_path / f"{norm}-{seed}", saturating(50), norm, seed)
+            for norm in ("none", "std") for seed in range(3)]
+    group, _ = compared(runs, tmp_path, "--target", "0.1")
+    assert group["against_none"]["std"]["speed_up"] == [None] * 3
+
+
+def test_the_prediction_is_of_std_alone(tmp_path):
+    """It speaks of steps 1/sigma."""
+    runs = [write_run(tmp_path / f"{norm}-{seed}", saturating(50), norm, seed)
+            for norm in ("none", "var") for seed in range(3)]
+    group, text = compared(runs, tmp_path)
+    against = group["against_none"]["var"]
+    assert against["speed_up"][0] == pytest.approx(1) and against["predicted_speed_up"] == [None] * 3
+    assert "Does the predicted gain predict?" not in text
 
 
 def test_a_norm_is_compared_at_its_best_learning_rate(tmp_path):

@@ -8,14 +8,15 @@
     python benchmarks/experiment.py svamp --model HuggingFaceTB/SmolLM2-135M-Instruct --svamp SVAMP.jsonl
     python benchmarks/experiment.py table                  # what all of them say, one line a comparison
 
-`rates` comes first: the others take each norm's best rate from it. Two runs at a time with one thread each (--jobs).
-`python analyze.py runs/experiment/norms/adamw-*` gives the full report of any of them.
+`rates` comes first: norms, groups and tasks take each norm's best rate from it. Two runs at a time (--jobs) share the
+cores. `python analyze.py runs/experiment/norms/adamw-[nsv]*/` gives the full report of any of them.
 
 svamp: a JSONL file with columns question, answer, equation (SVAMP, Patel et al. 2021): the first 700 problems train,
 the rest are held out.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -71,7 +72,8 @@ def norms(out: Path) -> Plan:
 
 
 def groups(out: Path) -> Plan:
-    """Group sizes at 512 completions a step, each norm at three rates around its best one."""
+    """Group sizes at 512 completions a step, each norm at three rates around its best; the comparison takes the best
+    of them on the same seeds."""
     for seed in COMPARING[:3]:
         for group in (8, 16, 64, 256):
             for norm in NORMS[:2]:
@@ -177,15 +179,17 @@ def run(path: Path, flags: dict[str, Any], jobs: int) -> str:
     return f"{path}: exit status {ended.returncode}"
 
 
+@functools.cache
 def best_rate(out: Path, optimizer: str, norm: str) -> float:
-    """The rate with the highest mean training pass rate, over steps and seeds, among `rates`."""
+    """The rate with the highest mean training pass rate, over steps and seeds, among those whole in `rates`."""
     found: dict[float, list[float]] = {}
-    for path in sorted((out / "rates").glob(f"{optimizer}-{norm}-*/")):
-        one = analyze.read_run(path)
+    for path in sorted((out / "rates").glob(f"{optimizer}-{norm}-*/model")):
+        one = analyze.read_run(path.parent)
         found.setdefault(one.config["lr"], []).append(float(one.log["pass_rate"].mean()))
-    if not found:
-        sys.exit(f"experiment.py: error: no learning rates in {out}/rates: run `rates` first")
-    return max(found, key=lambda lr: np.mean(found[lr]))
+    whole = {lr: np.mean(means) for lr, means in found.items() if len(means) == len(CHOOSING)}
+    if not whole:
+        sys.exit(f"experiment.py: error: no learning rate has all its runs in {out}/rates: run `rates` first")
+    return max(whole, key=lambda lr: whole[lr])
 
 
 # ----------------------------------------------- Policies without sampling -------------------------------------------
@@ -256,23 +260,23 @@ def clipped(path: str) -> float:
 def table(out: Path) -> str:
     """One line a norm and comparison, over all studies but `rates`."""
     lines = ["| study | norm (rate) | runs | pass rate, last tenth | held out | steps to target | speed-up over none | "
-             "predicted | detectable | clipped | three phases |", "|---" * 11 + "|"]
+             "predicted | detectable | clipped | three phases (two measures a run) |", "|---" * 11 + "|"]
     for study in ("norms", "groups", "tasks", "svamp"):
         paths = [path.parent for path in sorted((out / study).glob("*/model"))]
         runs = [analyze.read_run(path) for path in paths]
-        for title, members in analyze.group_runs(runs).items() if runs else []:
+        for title, members in analyze.group_runs(runs).items():
             phases = {str(member.path): analyze.run_phases([member]) for member in members}
             found = analyze.compare(members, phases, "sampled", None)
             for norm, arm in found["norms"].items():
                 against = found["against_none"].get(norm, {})
                 ratios = [ratio for ratio, _ in against.get("measured", [])]
-                verdicts = [phases[path][kind]["found"] for path in arm["runs"] for kind in analyze.KINDS]
+                decided = [phase for path in arm["runs"] for phase in phases[path].values() if phase["boundaries"]]
                 speed, foreseen = (against.get(key, [math.nan]) for key in ("speed_up", "predicted_speed_up"))
                 cells = [f"{study}: {title}", f"{norm} ({arm['lr']:g})", str(len(arm["runs"])),
                          *(analyze.show(arm[key]) for key in ("pass_rate", "held_out")),
                          analyze.show(arm["steps_to_target"], 0), analyze.show(speed, 2), analyze.show(foreseen, 2),
                          f"{detectable(ratios):.2f}", f"{np.mean([clipped(path) for path in arm['runs']]):.3f}",
-                         f"{sum(verdicts)} of {len(verdicts)}"]
+                         f"{sum(phase['found'] for phase in decided)} of {len(decided)}"]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
