@@ -530,6 +530,7 @@ def compare(runs: list[Run], phases: dict[str, Any], decides: str, target: float
     """
 
     def end(run: Run) -> int:
+        """Its last step."""
         return int(run.log["reward_std"].last_valid_index())
 
     def merit(tried: dict[int, Run]) -> tuple[int, float]:

@@ -856,7 +856,7 @@ def encode_problems(rows: Dataset, model: Any, tokenizer: Any, config: Config) -
     return [Problem(*row) for row in zip(*columns, prompts, strict=True)]
 
 
-VERSION = 1  # of the warm start: models that another one made are not taken from the cache
+WARM_START_VERSION = 1  # models that another version made are not taken from the cache
 
 
 def warm_start(config: Config, rows: Dataset) -> Path:
@@ -868,7 +868,7 @@ def warm_start(config: Config, rows: Dataset) -> Path:
     files = sorted(Path(config.model).glob("*"))  # none for tiny or a hub name
     stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     names = ("model", "instruction", "chat", "sft_steps", "sft_batch", "sft_lr")
-    key = hashlib.sha256(json.dumps([VERSION, stamp, [getattr(config, name) for name in names]]).encode())
+    key = hashlib.sha256(json.dumps([WARM_START_VERSION, stamp, [getattr(config, name) for name in names]]).encode())
     for column in ("question", "solution"):
         key.update("\0".join(rows[column]).encode())
     target = Path(config.cache).expanduser() / key.hexdigest()[:16]
@@ -1422,8 +1422,8 @@ def make_optimizer(policy: Policy, config: Config) -> Any:
 
 LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
 # Between a run and its resumption:
-MAY_CHANGE = ("steps", "eval_every", "save_every", "reward_timeout", "rank_timeout", "device", "out", "resume",
-              "cache")
+MAY_CHANGE = (
+    "steps", "eval_every", "save_every", "reward_timeout", "rank_timeout", "device", "out", "resume", "cache")
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1648,8 +1648,8 @@ def evaluate(
 
     Every evaluation uses the same random numbers, so that what differs between two of them is the policy.
     """
-    rates, samples, size = {}, [], max(1, config.prompts * config.group // policy.team.size)
-    mine = policy.team.share(len(problems))
+    rates, samples, mine = {}, [], policy.team.share(len(problems))
+    size = max(1, config.prompts * config.group // policy.team.size)  # as many rows at once as in training
     for key, temperature in (("eval_pass_rate", config.temperature), ("eval_greedy", 0.0)):
         rewards = [torch.zeros(0, 1, dtype=torch.float64)]
         for start in range(mine.start, mine.stop, size):
@@ -1687,7 +1687,7 @@ def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
         ("σ, within-prompt reward deviation", *(mean("reward_std", part) for part in ends)),
         ("signal share of gradients", *(mean("signal_share", part) for part in ends)),
         ("cosine of prompts, noise removed", *(cosine(part) for part in ends)),
-        ("curvature, of one half along the other", *(mean("curvature", part) for part in ends)),
+        ("curvature along the other half", *(mean("curvature", part) for part in ends)),
     ]
     texts = [[v if isinstance(v, str) else "-" if math.isnan(v) else f"{v:.3f}" for v in row] for row in rows]
     other = "none" if config.norm != "none" else "std"

@@ -1,4 +1,4 @@
-"""The runs behind the README's results: `python grpo.py` with other flags, each kept, skipped if whole, else resumed.
+"""The runs behind the README's results: `python grpo.py` with other flags; whole ones are kept, others resumed.
 
     python benchmarks/experiment.py rates                  # learning rates, on seeds that nothing else uses
     python benchmarks/experiment.py norms                  # norms at their best rates, five other seeds
@@ -62,7 +62,7 @@ def rates(out: Path) -> Plan:
 
 def norms(out: Path) -> Plan:
     """Every norm and optimizer at its best rate, everything measured; AdamW without clipping besides."""
-    for optimizer, clip, more in (("adamw", 10, {}), ("sgd", 0, {}), ("adamw", 0, QUIET)):
+    for optimizer, clip, more in (*((name, CLIP[name], {}) for name in RATES), ("adamw", 0, QUIET)):
         for seed in COMPARING:
             for norm in NORMS:
                 name = f"{optimizer}-unclipped" if more else optimizer
@@ -264,18 +264,19 @@ def table(out: Path) -> str:
     for study in ("norms", "groups", "tasks", "svamp"):
         paths = [path.parent for path in sorted((out / study).glob("*/model"))]
         runs = [analyze.read_run(path) for path in paths]
-        for title, members in analyze.group_runs(runs).items():
-            phases = {str(member.path): analyze.run_phases([member]) for member in members}
-            found = analyze.compare(members, phases, "sampled", None)
+        analysis = analyze.analyse(runs, [], "sampled", None)
+        for title, found in analysis["groups"].items():
             for norm, arm in found["norms"].items():
                 against = found["against_none"].get(norm, {})
                 ratios = [ratio for ratio, _ in against.get("measured", [])]
-                decided = [phase for path in arm["runs"] for phase in phases[path].values() if phase["boundaries"]]
+                phases = [phase for path in arm["runs"] for phase in analysis["runs"][path]["phases"].values()]
+                decided = [phase for phase in phases if phase["boundaries"]]
                 speed, foreseen = (against.get(key, [math.nan]) for key in ("speed_up", "predicted_speed_up"))
                 cells = [f"{study}: {title}", f"{norm} ({arm['lr']:g})", str(len(arm["runs"])),
                          *(analyze.show(arm[key]) for key in ("pass_rate", "held_out")),
                          analyze.show(arm["steps_to_target"], 0), analyze.show(speed, 2), analyze.show(foreseen, 2),
-                         f"{detectable(ratios):.2f}", f"{np.mean([clipped(path) for path in arm['runs']]):.3f}",
+                         analyze.show([detectable(ratios), math.nan], 2),
+                         f"{np.mean([clipped(path) for path in arm['runs']]):.3f}",
                          f"{sum(phase['found'] for phase in decided)} of {len(decided)}"]
                 lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
