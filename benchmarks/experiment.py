@@ -154,7 +154,7 @@ def svamp(out: Path, model: str, source: Path) -> Plan:
             yield f"{norm}-{seed}", dict(
                 task="gsm8k", model=model, data=folder / "train.jsonl", eval_data=folder / "test.jsonl", chat=False,
                 instruction="Question: {question}\nAnswer:", sft_steps=120, prompts=8, group=8, max_new_tokens=28,
-                lr=1e-5, dtype="bfloat16", steps=100, eval_every=50, eval_problems=300, geometry_every=5,
+                lr=1e-5, dtype="bfloat16", steps=100, eval_every=50, eval_problems=300, geometry_every=3,
                 probe_every=20, save_every=25, norm=norm, seed=seed)
 
 
