@@ -39,10 +39,11 @@ from matplotlib import ticker  # noqa: E402
 # ---------------------------------------------------- Reading logs ----------------------------------------------------
 
 KEYS = ["pass_rate", "reward", "reward_std", "cos_abs", "interference", "signal_share", "predicted_gain",
-        "eval_pass_rate"]
+        "eval_pass_rate", "eval_reward"]
+KINDS = {"sampled": ("1 − mean |cos|", "as sampled"), "corrected": ("1 − cosine", "noise removed")}  # of orthogonality
 # Settings in which runs that are compared may differ: what is compared, and what changes nothing in training.
-FREE = ("norm", "seed", "lr", "out", "resume", "cache", "save_every", "eval_every", "steps", "device", "reward_timeout",
-        "rank_timeout")
+FREE = ("norm", "seed", "lr", "out", "resume", "cache", "save_every", "eval_every", "steps", "device", "micro_batch",
+        "geometry_every", "probe_every", "sketch", "reward_timeout", "rank_timeout")
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    log: pd.DataFrame  # index: step; columns: KEYS and sampled, corrected; NaN where a step did not measure
+    log: pd.DataFrame  # index: step; columns: KEYS, sampled, corrected, gain_above, gain_below; NaN: not measured
     halves: pd.DataFrame  # step; pass rate, sigma of the half that gave a direction; variance, curvature of the other
     skipped: int  # lines that could not be read
 
@@ -89,6 +90,15 @@ def corrected_cosine(log: pd.DataFrame, prompts: int) -> pd.Series:
     return (measured["interference"] - 1) / max(1, prompts - 1) / share.where(share > 2 * window.sem().fillna(0))
 
 
+def gain_sums(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Of every step the two sums whose ratio is the predicted gain without sampling noise, 1/2 * sum(|g|^2 / sigma)
+    and sum(|g|^2). A single step's second sum may be next to nothing: add up steps before dividing."""
+    found = [(row["step"], number(row.get("grad_sq_signal")), number(row.get("reward_std"))) for row in rows]
+    table = pd.DataFrame(found, columns=["step", "gain_below", "sigma"]).query("sigma > 0").dropna()
+    table["gain_above"] = table["gain_below"] / table["sigma"] / 2
+    return table.groupby("step")[["gain_above", "gain_below"]].sum()
+
+
 def read_halves(rows: list[dict[str, Any]], group: int) -> pd.DataFrame:
     """What probes tell of the half that gave the direction, and the other's unbiased variance and its curvature."""
     names, sizes, found = ("pass_rate_half", "reward_std_half", "curvature"), ((group + 1) // 2, group // 2), []
@@ -119,9 +129,10 @@ def read_run(path: Path) -> Run:
     log = pd.DataFrame.from_dict(lines, orient="index", columns=KEYS).sort_index()
     if log["reward_std"].notna().sum() == 0:
         raise ValueError(f"{path}: metrics.jsonl has no step")
-    if log["pass_rate"].isna().all():  # rewards outside 0 and 1 have none
-        log["pass_rate"] = log["reward"]
+    for rate, reward in (("pass_rate", "reward"), ("eval_pass_rate", "eval_reward")):
+        log[rate] = log[reward].fillna(log[rate])  # equal for rewards of 0 and 1; of others what was trained counts
     log["sampled"], log["corrected"] = 1 - log["cos_abs"], 1 - corrected_cosine(log, config["prompts"])
+    log = log.join(gain_sums(rows))
     return Run(path, config, log, read_halves(rows, config["group"]), skipped + more)
 
 
@@ -375,16 +386,18 @@ def curvature_law(
     if len(kept) < 3:
         return result | {"reason": f"{len(kept)} values of sigma with 10 curvatures or more, 3 are needed"}
     groups = [curvature[bin_of == k] for k in kept]
-    errors = np.array([group.std(ddof=1) / math.sqrt(len(group)) for group in groups])
-    result["bins"] = [
-        {"sigma": float(sums[1, :, k].sum() / counts[k]), "mean": float(group.mean()), "error": float(error),
-         "envelope": float(np.quantile(np.abs(group), 0.9)), "n": len(group)}
-        for k, group, error in zip(kept, groups, errors, strict=True)]
+    errors = np.array([stats.sem(group) for group in groups])
     rng = np.random.default_rng(seed)
     chosen = rng.multinomial(sums.shape[1], np.full(sums.shape[1], 1 / sums.shape[1]), size=draws)
     chosen = np.concatenate([np.ones((1, sums.shape[1]), int), chosen])  # the data first, then the draws
     drawn = np.einsum("dc,qcb->qdb", chosen, sums[:, :, kept])  # [quantity, 1 + draws, bins]
     full = (drawn[0] > 0).all(axis=1) & (drawn[2] > 0).all(axis=1)
+    if full.mean() < 0.9:  # what is left would be a selection
+        return result | {"reason": "too few probes for an interval"}
+    result["bins"] = [
+        {"sigma": float(sums[1, :, k].sum() / counts[k]), "mean": float(group.mean()), "error": float(error),
+         "envelope": float(np.quantile(np.abs(group), 0.9)), "n": len(group)}
+        for k, group, error in zip(kept, groups, errors, strict=True)]
     count, sigmas, variances, means = drawn[0, full], drawn[1, full], drawn[2, full], drawn[3, full]
     weights = 1 / np.maximum(errors, 1e-9 * np.abs(curvature).max() + 1e-100) ** 2
     for name, x in (("alpha_raw", sigmas / count), ("alpha", np.sqrt(variances / count))):
@@ -403,12 +416,27 @@ def curvature_law(
 
 
 def curvature_laws(runs: list[Run]) -> dict[str, Any]:
-    """curvature_law of all runs' probes, for pass rates below and above 1/2 (of the half that gave the direction)."""
+    """curvature_law of all runs' probes, for pass rates below and above 1/2 (of the half that gave the direction).
+
+    Curvature and sigma both change while training goes on, which pooled would look like a law of the two: `thirds` has
+    alpha and its interval for each third of the steps, and where two of these exclude each other there is no one law.
+    """
     table = pd.concat([run.halves.assign(cluster=f"{i} ") for i, run in enumerate(runs)])
     table["cluster"] += table["step"].astype(str)
-    sides = {"below": table[table["rate"] < 0.5], "above": table[table["rate"] > 0.5]}
-    names = ("sigma", "variance", "curvature", "cluster")
-    return {side: curvature_law(*(rows[name].to_numpy() for name in names)) for side, rows in sides.items()}
+    table["third"] = 3 * table["step"] // (table["step"].max() + 1)
+
+    def fit(rows: pd.DataFrame) -> dict[str, Any]:
+        return curvature_law(*(rows[name].to_numpy() for name in ("sigma", "variance", "curvature", "cluster")))
+
+    laws = {}
+    for side, rows in {"below": table[table["rate"] < 0.5], "above": table[table["rate"] > 0.5]}.items():
+        law, parts = fit(rows), [fit(rows[rows["third"] == i]) for i in range(3)]
+        law["thirds"] = [[part["alpha"], *part["alpha_interval"]] if part["bins"] else [math.nan] * 3 for part in parts]
+        _, lows, highs = np.array(law["thirds"]).T
+        if law["bins"] and np.fmax.reduce(lows) > np.fmin.reduce(highs):  # of those that there are
+            law["verdict"] = "no single power law, α changes during training"
+        laws[side] = law
+    return laws
 
 
 # ------------------------------------------------ Comparison of norms -------------------------------------------------
@@ -455,18 +483,20 @@ def last_tenth(run: Run) -> float:
 
 def reach(run: Run, levels: np.ndarray) -> np.ndarray:
     """Steps at which the pass rate, a mean of windows, first reaches the levels; NaN where it never does."""
-    means = windows(run.log["pass_rate"]).dropna()
-    records = means[means > means.cummax().shift(fill_value=-math.inf)]
-    steps = records.index.to_numpy(dtype=float)
-    return np.interp(levels, records, steps, right=math.nan) if len(records) else np.full(len(levels), math.nan)
+    best = windows(run.log["pass_rate"]).dropna().cummax().drop_duplicates()
+    return np.interp(levels, best, best.index, right=math.nan) if len(best) else np.full(len(levels), math.nan)
 
 
-def predicted(run: Run, start: float, stop: float) -> float:
-    """Predicted speed-up over steps start to stop of a run without normalization: the harmonic mean of its log's
-    predicted gain, since what took it one step takes 1/gain."""
-    inside = (run.log.index >= start) & (run.log.index <= stop)  # of no step where one of the two is NaN
-    gain = run.log["predicted_gain"][inside].dropna()
-    return float(stats.hmean(gain)) if len(gain) and (gain > 0).all() else math.nan
+def predicted(run: Run, start: float, stop: float) -> list[float]:
+    """Predicted speed-up over steps start to stop of a run without normalization, of every one of KINDS.
+
+    As sampled: the harmonic mean of its log's predicted gain, since what took it one step takes 1/gain. Noise removed:
+    ratio of the sums over these steps, NaN where the lower one is not two standard errors above 0.
+    """
+    inside = run.log[(run.log.index >= start) & (run.log.index <= stop)].dropna(subset="predicted_gain")
+    gain, above, below = (inside[key] for key in ("predicted_gain", "gain_above", "gain_below"))
+    sampled = float(stats.hmean(gain)) if len(gain) and (gain > 0).all() else math.nan
+    return [sampled, above.sum() / below.sum() if below.mean() > 2 * below.sem() else math.nan]
 
 
 def growth(ours: Run, other: Run, boundaries: list[int]) -> list[float]:
@@ -501,24 +531,29 @@ def against_none(ours: list[Run], others: list[Run], target: float, phases: dict
         return {"pairs": 0, "measured": [], "bands": []}
     gains = windows(pd.concat([run.log["pass_rate"] - other.log["pass_rate"] for run, other in pairs], axis=1))
     grown = [growth(run, other, phases[str(run.path)]["boundaries"]) for run, other in pairs]
-    foresee = predicted if ours[0].config["norm"] == "std" else lambda *_: math.nan  # it speaks of steps 1/sigma
-    measured, bands = [], []  # [speed-up, predicted] of each pair: to the target, and in five rises on the way
+    std = ours[0].config["norm"] == "std"  # the prediction speaks of steps 1/sigma
+    foresee = predicted if std else lambda *_: [math.nan] * 2
+    measured, bands = [], []  # [speed-up, *predicted] of each pair: to the target, and in five rises on the way
     for run, other in pairs:
         start = max(float(windows(r.log["pass_rate"]).iloc[0]) for r in (run, other))
         levels = np.linspace(min(start, target), target, 6)
         fast, slow = reach(run, levels), reach(other, levels)
         ratio = slow[-1] / fast[-1] if start < target else math.nan  # no race where one begins beyond the end
-        measured.append([ratio, foresee(other, 0, slow[-1])])
+        measured.append([ratio, *foresee(other, 0, slow[-1])])
         took, needed = (np.where(np.diff(x) > 0, np.diff(x), math.nan) for x in (slow, fast))
         foreseen = [foresee(other, a, b) for a, b in zip(slow, slow[1:], strict=False)]
-        bands.append(np.stack([took / needed, foreseen], axis=1).tolist())
+        bands.append(np.column_stack([took / needed, foreseen]).tolist())
+    ratios, *gains_foreseen = np.array(measured).T
+    foreseen_by = dict(zip(KINDS, gains_foreseen, strict=True))
     return {
         "pairs": len(pairs), "gain": curve(gains),
         "final_gain": mean_interval([last_tenth(run) - last_tenth(other) for run, other in pairs]),
         "growth": [mean_interval([row[i] for row in grown]) for i in range(3)],
         "growth_III_less_I": mean_interval([row[2] - row[0] for row in grown]),
-        "speed_up": np.exp(all_reached(np.log([ratio for ratio, _ in measured]).tolist())).tolist(),
-        "predicted_speed_up": all_reached([gain for _, gain in measured]),
+        "speed_up": np.exp(all_reached(np.log(ratios))).tolist(),
+        "predicted_speed_up": {kind: all_reached(gain) for kind, gain in foreseen_by.items()},
+        "over_predicted": {kind: np.exp(all_reached(np.log(ratios / gain))).tolist()
+                           for kind, gain in foreseen_by.items()},
         "measured": measured, "bands": bands,
     }
 
@@ -545,6 +580,7 @@ def compare(runs: list[Run], phases: dict[str, Any], decides: str, target: float
     whole = [run for norm in arms for run in arms[norm][best[norm]].values()]
     short = len({int(run.log.index[-1]) for run in whole}) > 1  # some were stopped, or are still running
     last = min(end(run) if short else int(run.log.index[-1]) for run in whole)
+    last = max(last, *(int(run.log.index[0]) for run in whole))  # a log may have lost its beginning
     chosen = {norm: [replace(run, log=run.log.loc[:last]) for run in arms[norm][best[norm]].values()] for norm in arms}
     finals = {norm: [last_tenth(run) for run in arm] for norm, arm in chosen.items()}
     goal = float(0.9 * min(np.mean(rates) for rates in finals.values())) if target is None else target
@@ -603,16 +639,17 @@ def show(values: Sequence[float], digits: int = 3) -> str:
     return f"{values[0]:.{digits}f}{interval}"
 
 
-KINDS = {"sampled": "1 − mean |cos|, as sampled", "corrected": "1 − cosine, noise removed"}
 ORDINALS = ("", "second", "second", "third")  # the segment that a p-value is about, by the number supported
 
 
 def phase_lines(name: str, phases: dict[str, Any], decides: str) -> list[str]:
     """What the report says of a run's phases."""
-    lines = ["", f"**{name}: {'three phases found' if phases[decides]['found'] else 'not found'}**", ""]
-    for kind, title in KINDS.items():
+    words = {kind: "found" if phase["found"] else "not found" if phase["boundaries"] else "not decided"
+             for kind, phase in phases.items()}
+    lines = ["", f"**{name}: {'three phases ' * phases[decides]['found']}{words[decides]}**", ""]
+    for kind, names in KINDS.items():
         phase = phases[kind]
-        lines.append(f"- {title}: {'found' if phase['found'] else 'not found'}: {phase['reason']}")
+        lines.append(f"- {', '.join(names)}: {words[kind]}: {phase['reason']}")
         if phase["boundaries"]:
             (a, b), (i, j) = phase["boundaries"], phase["intervals"]
             sigma, angle = (" → ".join(f"{level[k]:.3f}" for level in phase["levels"]) for k in (0, 1))
@@ -633,7 +670,7 @@ def norm_lines(group: dict[str, Any]) -> list[str]:
     lines = ["", title, "|---" * 6 + "|"]
     for norm, arm in group["norms"].items():
         tried = len(arm["rates"])
-        rate = f"{arm['lr']:g}" + (f" (best of {tried}, by mean pass rate)" if tried > 1 else "")
+        rate = f"{arm['lr']:g}" + (f" (best of {tried}, by mean pass rate of these same runs)" if tried > 1 else "")
         runs, all_of_them = len(arm["runs"]), arm["reached"] == len(arm["runs"])
         steps = show(arm["steps_to_target"], 0) if all_of_them else f"reached by {arm['reached']} of {runs}"
         lines.append(f"| {norm} | {rate} | {runs} | {show(arm['pass_rate'])} | {show(arm['held_out'])} | {steps} |")
@@ -652,7 +689,10 @@ def norm_lines(group: dict[str, Any]) -> list[str]:
             "- its growth in 100 steps of I, II, III (best split, whether found or not): "
             + ", ".join(show(value, 4) for value in found["growth"]),
             f"- less growth in III than in I: {verdict} ({show(found['growth_III_less_I'], 4)})",
-            f"- speed-up to {goal}: measured {show(found['speed_up'])}, predicted {show(found['predicted_speed_up'])}"]
+            f"- speed-up to {goal}: measured {show(found['speed_up'])}"]
+        for kind, (_, how) in KINDS.items() if norm == "std" else ():
+            lines.append(f"  predicted from gradients {how}: {show(found['predicted_speed_up'][kind])}; measured over "
+                         f"predicted: {show(found['over_predicted'][kind])}")
     return lines
 
 
@@ -668,7 +708,9 @@ def law_lines(law: dict[str, Any]) -> list[str]:
         (low, high), raw = found["alpha_interval"], [found["alpha_raw"], *found["alpha_raw_interval"]]
         known = f", α = {show([found['alpha'], low, high], 2)} (against σ with its noise {show(raw, 2)})"
         inside = EXPONENTS[0] < low and high < EXPONENTS[-1]
-        lines += ["", f"- {title}, n = {found['n']}: **{found['verdict']}**{known if inside else ''}", "",
+        thirds = ", ".join(show(part, 2) for part in found["thirds"])
+        lines += ["", f"- {title}, n = {found['n']}: **{found['verdict']}**{known if inside else ''}; α in the first, "
+                  f"second and last third of the steps: {thirds}", "",
                   "  | σ | mean curvature ± standard error | 90% of \\|curvature\\| below | the same over σ | n |",
                   "  " + "|---" * 5 + "|"]
         lines += [f"  | {b['sigma']:.3f} | {b['mean']:.4g} ± {b['error']:.2g} | {b['envelope']:.4g} | "
@@ -679,9 +721,11 @@ def law_lines(law: dict[str, Any]) -> list[str]:
 def write_report(analysis: dict[str, Any]) -> str:
     """The analysis as Markdown."""
     decides, lines = analysis["orthogonality"], ["# Phases", ""]
-    counts = {kind: sum(run["phases"][kind]["found"] for run in analysis["runs"].values()) for kind in KINDS}
-    lines.append(f"Three phases: found in {counts['sampled']} of {len(analysis['runs'])} runs with orthogonality as "
-                 f"sampled, in {counts['corrected']} with its noise removed.")
+    for kind, (_, how) in KINDS.items():
+        all_phases = [run["phases"][kind] for run in analysis["runs"].values()]
+        decided = [phase["found"] for phase in all_phases if phase["boundaries"]]
+        lines.append(f"Three phases, orthogonality {how}: found in {sum(decided)} of {len(decided)} runs"
+                     + f", not decided in {len(all_phases) - len(decided)}" * (len(decided) < len(all_phases)) + ".\n")
     for path, run in analysis["runs"].items():
         lines += phase_lines(f"{path}, norm {run['norm']}, {run['steps']} steps", run["phases"], decides)
         lines += [f"- {run['skipped']} unreadable log lines skipped"] if run["skipped"] else []
@@ -703,9 +747,10 @@ def analyse(runs: list[Run], problems: list[str], decides: str, target: float | 
     phases = {str(run.path): run_phases([run]) for run in runs}
     groups = {title: compare(members, phases, decides, target) for title, members in group_runs(runs).items()}
     compared = [group["against_none"]["std"] for group in groups.values() if "std" in group["against_none"]]
-    measured = [pair for found in compared for pair in found["measured"]]
-    tables = {"run by run": np.array(measured)[:, None] if measured else np.empty((0, 1, 2)),
-              "in five equal rises of the pass rate": np.array([pair for found in compared for pair in found["bands"]])}
+    tables: dict[str, np.ndarray] = {}
+    for way, key, count in (("run by run", "measured", 1), ("in five equal rises of the pass rate", "bands", 5)):
+        pairs = np.array([pair for found in compared for pair in found[key]]).reshape(-1, count, 3)
+        tables |= {f"{way}, gradients {how}": pairs[..., [0, 1 + i]] for i, (_, how) in enumerate(KINDS.values())}
     return {
         "orthogonality": decides,
         "runs": {str(run.path): {"norm": run.config["norm"], "seed": run.config["seed"], "skipped": run.skipped,
@@ -798,20 +843,14 @@ def draw_picture(path: Path, runs: list[Run], group: dict[str, Any], decides: st
 # ---------------------------------------------------- Command line ----------------------------------------------------
 
 
+WRITTEN = ("analysis.md", "analysis.json", "phases.png")
+
+
 class Parser(argparse.ArgumentParser):
     """A wrong flag or value is one line and exit status 2."""
 
     def error(self, message: str) -> Any:
         self.exit(2, f"analyze.py: error: {message}\n")
-
-
-def finite(value: Any) -> Any:
-    """A value for JSON: numbers that are not finite, which it does not know, become null."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -826,13 +865,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.target is not None and not math.isfinite(given.target):
         parser.error(f"--target is {given.target}, not a finite number")
     runs, problems = [], []
-    for path in {path.resolve(): path for path in given.runs}.values():
+    for path in {path.resolve(): path for path in given.runs if path.name not in WRITTEN}.values():
         try:
             runs.append(read_run(path))
         except ValueError as error:
             problems.append(str(error))
     if not runs:
-        parser.error(f"no run to read: {'; '.join(problems)}")
+        parser.error(f"no run to read: {'; '.join(problems) or 'reports alone'}")
     parents = os.path.commonpath([run.path.absolute() for run in runs])
     out = given.out or (runs[0].path if len(runs) == 1 else Path(os.path.relpath(parents)))
     analysis, groups = analyse(runs, problems, given.orthogonality, given.target), group_runs(runs)
@@ -840,7 +879,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "analysis.md").write_text(report, encoding="utf-8", errors="backslashreplace")
-        (out / "analysis.json").write_text(json.dumps(finite(analysis), indent=1) + "\n", encoding="utf-8")
+        plain = json.loads(json.dumps(analysis), parse_constant=lambda _: None)  # JSON has no NaN
+        (out / "analysis.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
         draw_picture(out / "phases.png", groups[title], analysis["groups"][title], given.orthogonality, title)
     except OSError as error:
         parser.error(f"cannot write to {out}: {error.strerror}")

@@ -80,7 +80,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions
 from transformers.utils import logging as transformers_logging
 
 Reward = Callable[[str, str], float]  # (completion, answer) -> reward
@@ -135,7 +135,7 @@ class Config:
     lr: float = setting(0.0, "learning rate; 0: 3e-4 for tiny, 1e-6 for other models")
     warmup: int = setting(10, "steps of linear warm-up; constant afterwards")
     optimizer: Literal["adamw", "sgd"] = setting("adamw", "sgd is what the theory speaks of")
-    max_grad_norm: float = setting(10.0, "clip the gradient to this norm, a guard against outliers; 0: never")
+    max_grad_norm: float = setting(10.0, "clip the gradient, which has the norm's scale, to this size; 0: never")
     agg: Literal["sequence", "mean", "token"] = setting("sequence", "how token terms become a loss")
     epochs: int = setting(1, "updates a batch; above 1 the importance ratio is clipped")
     clip: float = setting(0.2, "range of the importance ratio around 1")
@@ -301,13 +301,13 @@ def count_sketch(tensors: list[torch.Tensor], size: int, seed: int) -> torch.Ten
     generator, sums = torch.Generator(device).manual_seed(seed), torch.zeros(size, device=device)
     for tensor in tensors:
         signs = torch.empty(tensor.numel(), dtype=torch.int8, device=device).random_(0, 2, generator=generator)
-        chunks = (tensor.detach().flatten().float() * (signs * 2 - 1)).split(size)
-        # Every chunk starts at another sum: a matrix's large columns would else be added to each other.
-        starts = torch.randint(size, (len(chunks),), generator=generator, device=device)
-        for chunk, start in zip(chunks, starts.tolist(), strict=True):
+        parts = (tensor.detach().flatten().float() * (signs * 2 - 1)).split(size)
+        # Every part starts at another sum: a matrix's large columns would else be added to each other.
+        starts = torch.randint(size, (len(parts),), generator=generator, device=device)
+        for part, start in zip(parts, starts.tolist(), strict=True):
             rest = size - start
-            sums[start : start + len(chunk)] += chunk[:rest]
-            sums[: max(0, len(chunk) - rest)] += chunk[rest:]
+            sums[start : start + len(part)] += part[:rest]
+            sums[: max(0, len(part) - rest)] += part[rest:]
     return sums
 
 
@@ -421,6 +421,7 @@ BOMB = re.compile(r"!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[(
 
 def marked_answer(text: str) -> str | None:
     r"""The last answer marked by \boxed{...} or ####; None without a mark, "" where the last one is not closed."""
+    text = text.replace("\\fbox", "\\boxed")
     boxed, hashes = text.rfind("\\boxed"), text.rfind("####")
     if hashes > boxed:
         return text[hashes + 4 : hashes + MAX_SPAN].strip().split("\n")[0]
@@ -428,7 +429,7 @@ def marked_answer(text: str) -> str | None:
         return None
     rest, depth = text[boxed + 6 : boxed + MAX_SPAN].lstrip(), 0
     if not rest.startswith("{"):
-        return (re.match(r"[^\s$.,]*", rest) or [""])[0]  # "\boxed 5"
+        return re.split(r"[\s$]", rest)[0].rstrip(".,")  # "\boxed 5"
     for i, character in enumerate(rest):
         if rest[i - 1 : i] != "\\":
             depth += (character == "{") - (character == "}")
@@ -442,12 +443,15 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"\\[!,;: ]|\\left\b|\\right\b|~", "", text.replace("\\$", "").replace("−", "-").replace("{,}", ","))
     text = re.sub(r"\\[dt]frac", r"\\frac", text.replace("\\%", "%"))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b", "°", text)
+    text = re.sub(r"(\{\s*(?:m|[A-Za-z][A-Za-z. ]+)\})\s*\^\s*(?:[23]|\{[23]\})", r"\1", text)  # square, cubic units
     return re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", text).strip()
 
 
 def parse_number(text: str) -> Fraction | None:
     """The value of a plain_latex text that is one number, perhaps with currency, percent sign, unit or words."""
     found = NUMBER.fullmatch(BESIDE.sub(" ", text.rsplit("=", 1)[-1]).strip())
+    if re.search(r"[(\[].*,.*[)\]]", text):  # "(3,100)" is a pair
+        return None
     if not found or len(found[0]) > MAX_SPAN or found[3] and int(found[3]) == 0:
         return None
     return Fraction(found[1] + found[2].replace(",", "")) / int(found[3] or 1)
@@ -520,7 +524,7 @@ def make_arith(held_out: int, size: int = 1 << 15) -> tuple[Dataset, Dataset]:
     """
     rng = np.random.default_rng(0)
     chosen = rng.permutation(10**6)  # problem k is k // 1000 + k % 1000
-    pairs = np.concatenate([chosen[:size], chosen[size : size + held_out]])
+    pairs = chosen[: size + max(held_out, 512)]  # at least 512, as the slips below depend on how many there are
     columns = {}
     for name, slip in (("answer", 0.0), ("solution", 0.5)):
         carry, digits = np.zeros_like(pairs), []
@@ -1134,8 +1138,10 @@ def fork(cache: Any, n: int) -> Any:
 class Passthrough(torch.nn.Module):
     """Stands in for the body of a model whose hidden states are known: they come in as embeddings and go out again."""
 
-    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+    decoder = property(lambda self: self)  # by this name OPT calls the body
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> MoEModelOutputWithPastAndCrossAttentions:
+        return MoEModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def apply_head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -1241,16 +1247,12 @@ class Measured:
 
     gradients: torch.Tensor  # [P, 2, D] of each half, whole or sketched; zero for a prompt without reward variance
     curvature: torch.Tensor  # [P, 2] along A's gradient on B, and along B's on A; NaN where not measured
-    reward_std_half: torch.Tensor  # [P, 2] of A and B
 
     @classmethod
-    def of(cls, policy: "Policy", batch: Batch, config: Config) -> "Measured":
+    def of(cls, policy: Policy, batch: Batch, config: Config) -> "Measured":
         """Nothing measured yet."""
-        P, G = batch.rewards.shape
-        width = policy.size if policy.size <= SMALL else config.sketch
-        stds = [batch.rewards[:, rows].std(dim=1, correction=0) for rows in halves(G)]
-        gradients = torch.zeros(P, 2, width, device=policy.model.device)
-        return cls(gradients, torch.full((P, 2), math.nan), torch.stack(stds, dim=1))
+        P, width = len(batch.prompts), policy.size if policy.size <= SMALL else config.sketch
+        return cls(torch.zeros(P, 2, width, device=policy.model.device), torch.full((P, 2), math.nan))
 
     def join(self, team: Team) -> None:
         """Take in what the other processes measured of their prompts."""
@@ -1348,11 +1350,12 @@ def describe_measured(
         columns["cos_update"] = (gram @ scale / (norms * (scale @ gram @ scale).sqrt())).tolist()
         columns |= {"grad_norm": norms.tolist(), "grad_sq_signal": signal.tolist()}
     if curvature:
-        known = ~measured.curvature.isnan()
+        known, parts = ~measured.curvature.isnan(), [batch.rewards[:, rows] for rows in halves(group)]
+        stds = torch.stack([part.std(dim=1, correction=0) for part in parts], dim=1)  # [P, 2] of A and B
+        rates = torch.stack([pass_rates(part) for part in parts], dim=1)
         line["curvature"] = float(measured.curvature[known].mean())
-        line["curvature_corr"] = rank_correlation(measured.curvature[known].abs(), measured.reward_std_half[known])
-        rates = torch.stack([pass_rates(batch.rewards[:, rows]) for rows in halves(group)], dim=1)  # [P, 2]
-        columns |= {"curvature": measured.curvature.tolist(), "reward_std_half": measured.reward_std_half.tolist(),
+        line["curvature_corr"] = rank_correlation(measured.curvature[known].abs(), stds[known])
+        columns |= {"curvature": measured.curvature.tolist(), "reward_std_half": stds.tolist(),
                     "pass_rate_half": rates.tolist()}
     return line, [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -1365,7 +1368,7 @@ def update(
 
     A prompt whose completions were all rewarded alike has no gradient and costs nothing, unless there is a KL term.
     Where the sampled log-probabilities or the gradient are not finite, no step is taken: `skipped` counts those.
-    geometry, curvature: what to measure on the way; null where the loss's gradient is not the policy gradient.
+    geometry, curvature: what to measure on the way, of a loss whose gradient is the policy gradient.
     """
     sampled, norms, gap = batch.sampled, [], 0.0
     masters = list(policy.masters.values())
@@ -1374,14 +1377,13 @@ def update(
     finite = bool(sampled.logprobs.isfinite().all())
     active = [p for p in range(len(batch.prompts)) if finite and (config.kl > 0 or bool(advantages[p].any()))]
     limit = config.max_grad_norm or math.inf
-    defined = config.agg != "mean" and config.kl == 0
     measured = Measured.of(policy, batch, config) if geometry or curvature else None
     old: dict[int, torch.Tensor] = {}
     for epoch in range(config.epochs):
         for master in masters:  # which have none between the steps: a rollout needs the memory
             master.grad = torch.zeros_like(master)
         for p in active[policy.team.rank :: policy.team.size]:
-            if measured and defined and epoch == 0:
+            if measured and epoch == 0:
                 logprobs = measured_backward(policy, batch, p, weights, config, measured, curvature)
             else:
                 logprobs = prompt_backward(
@@ -1406,8 +1408,6 @@ def update(
         "logprob_gap": gap if active else None,
     }
     more, rows = describe_measured(measured, batch, geometry, curvature) if measured else ({}, [])
-    if not defined:
-        more, rows = dict.fromkeys(more), [dict.fromkeys(row) for row in rows]
     return line | more, rows
 
 
@@ -1423,7 +1423,8 @@ def make_optimizer(policy: Policy, config: Config) -> Any:
 LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
 # Between a run and its resumption:
 MAY_CHANGE = (
-    "steps", "eval_every", "save_every", "reward_timeout", "rank_timeout", "device", "out", "resume", "cache")
+    "steps", "eval_every", "save_every", "micro_batch", "reward_timeout", "rank_timeout", "device", "out", "resume",
+    "cache")
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -1527,11 +1528,31 @@ def check_out(config: Config) -> None:
 
 def progress(steps: range, title: str, wanted: bool = True) -> Any:
     """The steps with a bar on a terminal, and without one elsewhere."""
-    hidden = not (wanted and sys.stderr.isatty())
-    return tqdm(steps, desc=title, disable=hidden, initial=steps.start, total=steps.stop, leave=False)
+    disable = None if wanted else True  # None: where there is no terminal
+    return tqdm(steps, desc=title, disable=disable, initial=steps.start, total=steps.stop, leave=False)
 
 
 # ----------------------------------------------------- Training -----------------------------------------------------
+
+
+def largest_gap(config: Config) -> float:
+    """Nats between the log-probabilities of rollout and training, two forward passes of one distribution, that rounding
+    explains: what is more is a fault (mask, position, temperature)."""
+    return 1e-3 if config.dtype == "float32" else 0.5
+
+
+def check_model(policy: Policy, prompt: list[int], config: Config) -> None:
+    """Raises InputError for a model that rollout and training cannot use, or do not take for one distribution."""
+    try:
+        uniforms = torch.full((1, 1, min(2, config.max_new_tokens)), 0.5)
+        sampled = rollout(policy, [prompt], uniforms, config.temperature)
+        tokens, lengths = sampled.tokens[0], sampled.lengths[0]
+        found = completion_logprobs(policy.model, torch.tensor(prompt, device=tokens.device), tokens, lengths, config)
+    except Exception as error:  # whatever another kind of model raises
+        raise InputError(f"model {config.model} cannot be used: {first_line(error)}") from error
+    gap = float((found - sampled.logprobs[sampled.valid]).abs().max())
+    if not gap <= largest_gap(config):  # NaN too
+        raise InputError(f"model {config.model} cannot be used: rollout and training differ by {gap:.2g} nats")
 
 
 @contextmanager
@@ -1612,6 +1633,8 @@ def describe(batch: Batch, step: int) -> tuple[dict[str, Any], list[dict[str, An
 
 def due(step: int, size: int, config: Config) -> tuple[bool, bool]:
     """Whether the geometry and the curvature are measured at this step, for a model of so many parameters."""
+    if config.agg == "mean" or config.kl > 0:  # the loss's gradient is not the policy gradient
+        return False, False
     usual = (1, 10) if size <= SMALL else (25, 25)
     chosen = (config.geometry_every, config.probe_every)
     geometry, curvature = (every if every >= 0 else default for every, default in zip(chosen, usual, strict=True))
@@ -1644,13 +1667,15 @@ def training_step(
 def evaluate(
     policy: Policy, step: int, problems: list[Problem], reward: Reward, config: Config
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Pass rates of one sampled and of one greedy completion of every problem, and a few samples in full.
+    """Pass rates and rewards of one sampled and one greedy completion of every problem, and a few samples in full.
 
     Every evaluation uses the same random numbers, so that what differs between two of them is the policy.
     """
-    rates, samples, mine = {}, [], policy.team.share(len(problems))
+    rates: dict[str, float] = {}
+    samples, mine = [], policy.team.share(len(problems))
     size = max(1, config.prompts * config.group // policy.team.size)  # as many rows at once as in training
-    for key, temperature in (("eval_pass_rate", config.temperature), ("eval_greedy", 0.0)):
+    ways = ("eval_pass_rate", "eval_reward", config.temperature), ("eval_greedy", "eval_greedy_reward", 0.0)
+    for key, reward_key, temperature in ways:
         rewards = [torch.zeros(0, 1, dtype=torch.float64)]
         for start in range(mine.start, mine.stop, size):
             rows = range(start, min(start + size, mine.stop))
@@ -1661,7 +1686,8 @@ def evaluate(
                 first = list(zip(part, texts, rewards[-1].tolist(), strict=True))[:4]
                 samples = [{"step": step, "question": problem.question, "completion": text[0], "answer": problem.answer,
                             "reward": value[0]} for problem, text, value in first]
-        rates[key] = pass_rates(torch.cat(policy.team.gather(torch.cat(rewards)))).mean().item()
+        whole = torch.cat(policy.team.gather(torch.cat(rewards)))
+        rates |= {key: pass_rates(whole).mean().item(), reward_key: whole.mean().item()}
     return rates, samples
 
 
@@ -1679,10 +1705,12 @@ def report(config: Config, lines: list[dict[str, Any]], held_out: int) -> str:
         return (mean("interference", part) - 1) / max(1, config.prompts - 1) / (mean("signal_share", part) or math.nan)
 
     ends = steps[:tenth], steps[-tenth:]
+    binary = all(line.get("eval_pass_rate") == line.get("eval_reward") for line in lines)
+    what = "pass rate" if binary else "reward"
     rows: list[tuple[Any, ...]] = [
         (f"{held_out} held-out problems", "before", "after"),
-        ("pass rate, sampled", mean("eval_pass_rate", steps[:1]), mean("eval_pass_rate", [final])),
-        ("pass rate, greedy", mean("eval_greedy", steps[:1]), mean("eval_greedy", [final])),
+        (f"{what}, sampled", mean("eval_reward", steps[:1]), mean("eval_reward", [final])),
+        (f"{what}, greedy", mean("eval_greedy_reward", steps[:1]), mean("eval_greedy_reward", [final])),
         (f"training, mean of {tenth} steps", "start", "end"),
         ("σ, within-prompt reward deviation", *(mean("reward_std", part) for part in ends)),
         ("signal share of gradients", *(mean("signal_share", part) for part in ends)),
@@ -1714,6 +1742,7 @@ def train(config: Config, dataset: Dataset | None = None, reward: Reward | None 
     with team_of(config) as team:
         policy = load_policy(config, splits[0], team)
         problems, held_out = (encode_problems(rows, policy.model, policy.tokenizer, config) for rows in splits)
+        check_model(policy, max((problem.prompt for problem in problems), key=len), config)
         return train_policy(policy, problems, held_out, reward, config)
 
 
@@ -1783,10 +1812,8 @@ def show(bar: Any, line: dict[str, Any], config: Config) -> None:
         bar.write(f"step {line['step']:>5}/{config.steps}  {text}")
     if line["truncated"] > 0.2 and line["step"] % 50 == 0:
         bar.write(f"warning: {line['truncated']:.0%} of the completions were cut off: raise --max-new-tokens")
-    # Two forward passes of one distribution: what is more than rounding is a fault (mask, position, temperature).
-    tolerance = 1e-3 if config.dtype == "float32" else 0.5
-    if (line["logprob_gap"] or 0.0) > tolerance:
-        warnings.warn(f"rollout and training log-probabilities differ by over {tolerance}", stacklevel=2)
+    if (line["logprob_gap"] or 0.0) > largest_gap(config):
+        warnings.warn(f"rollout and training log-probabilities differ by over {largest_gap(config)}", stacklevel=2)
 
 
 def finish(

@@ -260,7 +260,8 @@ def clipped(path: str) -> float:
 def table(out: Path) -> str:
     """One line a norm and comparison, over all studies but `rates`."""
     lines = ["| study | norm (rate) | runs | pass rate, last tenth | held out | steps to target | speed-up over none | "
-             "predicted | detectable | clipped | three phases (two measures a run) |", "|---" * 11 + "|"]
+             "predicted | the same, noise removed | detectable | clipped | three phases (two measures a run) |",
+             "|---" * 12 + "|"]
     for study in ("norms", "groups", "tasks", "svamp"):
         paths = [path.parent for path in sorted((out / study).glob("*/model"))]
         runs = [analyze.read_run(path) for path in paths]
@@ -268,13 +269,14 @@ def table(out: Path) -> str:
         for title, found in analysis["groups"].items():
             for norm, arm in found["norms"].items():
                 against = found["against_none"].get(norm, {})
-                ratios = [ratio for ratio, _ in against.get("measured", [])]
+                ratios = [ratio for ratio, *_ in against.get("measured", [])]
                 phases = [phase for path in arm["runs"] for phase in analysis["runs"][path]["phases"].values()]
                 decided = [phase for phase in phases if phase["boundaries"]]
-                speed, foreseen = (against.get(key, [math.nan]) for key in ("speed_up", "predicted_speed_up"))
+                speed, foreseen = against.get("speed_up", [math.nan]), against.get("predicted_speed_up", {})
                 cells = [f"{study}: {title}", f"{norm} ({arm['lr']:g})", str(len(arm["runs"])),
                          *(analyze.show(arm[key]) for key in ("pass_rate", "held_out")),
-                         analyze.show(arm["steps_to_target"], 0), analyze.show(speed, 2), analyze.show(foreseen, 2),
+                         analyze.show(arm["steps_to_target"], 0), analyze.show(speed, 2),
+                         *(analyze.show(foreseen.get(kind, [math.nan]), 2) for kind in analyze.KINDS),
                          analyze.show([detectable(ratios), math.nan], 2),
                          f"{np.mean([clipped(path) for path in arm['runs']]):.3f}",
                          f"{sum(phase['found'] for phase in decided)} of {len(decided)}"]
@@ -299,9 +301,12 @@ def main() -> None:
         parser.error("svamp needs --svamp FILE.jsonl")
     plans = {"rates": rates, "norms": norms, "groups": groups, "tasks": tasks}
     plan = svamp(given.out, given.model, given.svamp) if given.study == "svamp" else plans[given.study](given.out)
+    failed = False
     with ThreadPoolExecutor(given.jobs) as pool:
         for line in pool.map(lambda entry: run(given.out / given.study / entry[0], entry[1], given.jobs), plan):
             print(line, flush=True)
+            failed = failed or not line.endswith(("exit status 0", "there already"))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
