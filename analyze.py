@@ -40,7 +40,8 @@ from matplotlib import ticker  # noqa: E402
 
 KEYS = ["pass_rate", "reward", "reward_std", "cos_abs", "interference", "signal_share", "predicted_gain",
         "eval_pass_rate", "eval_reward"]
-KINDS = {"sampled": ("1 − mean |cos|", "as sampled"), "corrected": ("1 − cosine", "noise removed")}  # of orthogonality
+# Two ways to measure orthogonality, and the predicted gain.
+KINDS = {"sampled": ("1 − mean |cos|", "as sampled"), "corrected": ("1 − cosine", "noise removed")}
 # Settings in which runs that are compared may differ: what is compared, and what changes nothing in training.
 FREE = ("norm", "seed", "lr", "out", "resume", "cache", "save_every", "eval_every", "steps", "device", "micro_batch",
         "geometry_every", "probe_every", "sketch", "reward_timeout", "rank_timeout")
@@ -52,7 +53,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    log: pd.DataFrame  # index: step; columns: KEYS, sampled, corrected, gain_above, gain_below; NaN: not measured
+    log: pd.DataFrame  # index: step; columns: KEYS, sampled, corrected, signal_gain; NaN where not measured
     halves: pd.DataFrame  # step; pass rate, sigma of the half that gave a direction; variance, curvature of the other
     skipped: int  # lines that could not be read
 
@@ -90,13 +91,18 @@ def corrected_cosine(log: pd.DataFrame, prompts: int) -> pd.Series:
     return (measured["interference"] - 1) / max(1, prompts - 1) / share.where(share > 2 * window.sem().fillna(0))
 
 
-def gain_sums(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Of every step the two sums whose ratio is the predicted gain without sampling noise, 1/2 * sum(|g|^2 / sigma)
-    and sum(|g|^2). A single step's second sum may be next to nothing: add up steps before dividing."""
-    found = [(row["step"], number(row.get("grad_sq_signal")), number(row.get("reward_std"))) for row in rows]
-    table = pd.DataFrame(found, columns=["step", "gain_below", "sigma"]).query("sigma > 0").dropna()
-    table["gain_above"] = table["gain_below"] / table["sigma"] / 2
-    return table.groupby("step")[["gain_above", "gain_below"]].sum()
+def signal_gain(rows: list[dict[str, Any]]) -> pd.Series:
+    """Of every step 1/2 * sum(|g|^2 / sigma), |g|^2 without sampling noise, over the sampled sum(|g|^2).
+
+    Over the signal share it is the predicted gain without noise; but a step's share may be next to nothing, so both are
+    averaged over steps first.
+    """
+    names = ["step", "grad_sq_signal", "reward_std", "grad_norm"]
+    table = pd.DataFrame([[number(row.get(name)) for name in names] for row in rows], columns=names).dropna()
+    table = table[table["reward_std"] > 0]
+    table["above"], table["below"] = table["grad_sq_signal"] / table["reward_std"] / 2, table["grad_norm"] ** 2
+    sums = table.groupby("step")[["above", "below"]].sum()
+    return sums["above"] / sums["below"]
 
 
 def read_halves(rows: list[dict[str, Any]], group: int) -> pd.DataFrame:
@@ -132,7 +138,7 @@ def read_run(path: Path) -> Run:
     for rate, reward in (("pass_rate", "reward"), ("eval_pass_rate", "eval_reward")):
         log[rate] = log[reward].fillna(log[rate])  # equal for rewards of 0 and 1; of others what was trained counts
     log["sampled"], log["corrected"] = 1 - log["cos_abs"], 1 - corrected_cosine(log, config["prompts"])
-    log = log.join(gain_sums(rows))
+    log["signal_gain"] = signal_gain(rows)
     return Run(path, config, log, read_halves(rows, config["group"]), skipped + more)
 
 
@@ -491,12 +497,12 @@ def predicted(run: Run, start: float, stop: float) -> list[float]:
     """Predicted speed-up over steps start to stop of a run without normalization, of every one of KINDS.
 
     As sampled: the harmonic mean of its log's predicted gain, since what took it one step takes 1/gain. Noise removed:
-    ratio of the sums over these steps, NaN where the lower one is not two standard errors above 0.
+    signal_gain over signal share, means of these steps; NaN where the share is not two standard errors above 0.
     """
     inside = run.log[(run.log.index >= start) & (run.log.index <= stop)].dropna(subset="predicted_gain")
-    gain, above, below = (inside[key] for key in ("predicted_gain", "gain_above", "gain_below"))
+    gain, above, share = (inside[key] for key in ("predicted_gain", "signal_gain", "signal_share"))
     sampled = float(stats.hmean(gain)) if len(gain) and (gain > 0).all() else math.nan
-    return [sampled, above.sum() / below.sum() if below.mean() > 2 * below.sem() else math.nan]
+    return [sampled, above.mean() / share.mean() if share.mean() > 2 * share.sem() else math.nan]
 
 
 def growth(ours: Run, other: Run, boundaries: list[int]) -> list[float]:

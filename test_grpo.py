@@ -2423,6 +2423,7 @@ def write_run(
             "pass_rate": 0.25,
             "reward_std": std,
             "grad_sq_signal": 0.5 - std,
+            "grad_norm": 0.2**0.5,
             "reward_std_half": [std, 0.4],
             "pass_rate_half": [0.2, 0.7],
             "curvature": [std, None],
@@ -2452,7 +2453,7 @@ def test_twice_as_fast_is_a_speed_up_of_two(tmp_path, capsys):
     assert group["norms"]["std"]["steps_to_target"][0] == pytest.approx(51 * math.log(7 / 3), rel=0.02)
     against = group["against_none"]["std"]
     assert against["speed_up"][0] == pytest.approx(101 / 51, rel=0.02)
-    # Noise removed: squared norms 0.2, 0.1, 0 of three prompts with sigma 0.3, 0.4, 0.5.
+    # Noise removed: squared norms 0.2, 0.1, 0 of three prompts with sigma 0.3, 0.4, 0.5; half of 0.6 is signal.
     for kind, foreseen in (("sampled", 2), ("corrected", 0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3)):
         assert against["predicted_speed_up"][kind][0] == pytest.approx(foreseen)
         assert against["over_predicted"][kind] == pytest.approx([value / foreseen for value in against["speed_up"]])

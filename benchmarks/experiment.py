@@ -43,6 +43,7 @@ RATES = {"adamw": (1e-4, 3e-4, 1e-3, 3e-3), "sgd": (1e-3, 3e-3, 5e-3, 1e-2, 1.7e
 CLIP = {"adamw": 10, "sgd": 0}  # plain SGD has no clipping: it would act on the norms unequally
 CHOOSING, COMPARING = (100, 101), (0, 1, 2, 3, 4)  # seeds
 QUIET = dict(geometry_every=0, probe_every=0, eval_every=0)  # nothing measured but pass rates
+WIDTH = 96  # of the embedded model
 SIZES = (4, 8, 16, 64, 256, 0)  # of groups; 0: without sampling
 Plan = Iterator[tuple[str, dict[str, Any]]]  # name of a run, and its flags
 
@@ -72,24 +73,26 @@ def norms(out: Path) -> Plan:
 
 
 def groups(out: Path) -> Plan:
-    """Group sizes at 512 completions a step, each norm at three rates around its best; the comparison takes the best
-    of them on the same seeds."""
+    """Group sizes at 512 completions a step, each norm at five rates around its best, as few prompts want a lower one;
+    the comparison takes the best of them on the same seeds."""
     for seed in COMPARING[:3]:
         for group in (8, 16, 64, 256):
             for norm in NORMS[:2]:
-                for factor in (0.5, 1, 2):
+                for factor in (0.125, 0.25, 0.5, 1, 2):
                     lr = float(f"{factor * best_rate(out, 'adamw', norm):.2g}")
                     yield f"{group}-{norm}-{lr:g}-{seed}", dict(
                         group=group, prompts=512 // group, norm=norm, lr=lr, seed=seed, steps=200, **QUIET)
 
 
 def tasks(out: Path) -> Plan:
-    """What the theory says should matter, for both norms: other problems or another model, all else as in `norms`."""
+    """What the theory says should matter, for both norms: other problems or another model, all else as in `norms`, but
+    that a model of another width has its rate divided by it (at the same one, width 256 collapses)."""
     for name, flags in variants(out / "tasks").items():
         for seed in COMPARING[:3]:
             for norm in NORMS[:2]:
+                width = int(name.removeprefix("width-")) if name.startswith("width-") else WIDTH
                 yield f"{name}-{norm}-{seed}", dict(
-                    norm=norm, lr=best_rate(out, "adamw", norm), seed=seed, micro_batch=4096, **flags)
+                    norm=norm, lr=best_rate(out, "adamw", norm) * WIDTH / width, seed=seed, micro_batch=4096, **flags)
 
 
 def variants(folder: Path) -> dict[str, dict[str, Any]]:
