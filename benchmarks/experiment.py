@@ -73,12 +73,12 @@ def norms(out: Path) -> Plan:
 
 
 def groups(out: Path) -> Plan:
-    """Group sizes at 512 completions a step, each norm at five rates around its best, as few prompts want a lower one;
-    the comparison takes the best of them on the same seeds."""
+    """Group sizes at 512 completions a step, each norm at three rates around its best, and with few prompts at two
+    lower ones besides; the comparison takes the best of them on the same seeds."""
     for seed in COMPARING[:3]:
         for group in (8, 16, 64, 256):
             for norm in NORMS[:2]:
-                for factor in (0.125, 0.25, 0.5, 1, 2):
+                for factor in (0.5, 1, 2) if group <= 16 else (0.125, 0.25, 0.5, 1, 2):
                     lr = float(f"{factor * best_rate(out, 'adamw', norm):.2g}")
                     yield f"{group}-{norm}-{lr:g}-{seed}", dict(
                         group=group, prompts=512 // group, norm=norm, lr=lr, seed=seed, steps=200, **QUIET)
@@ -98,6 +98,7 @@ def tasks(out: Path) -> Plan:
 def variants(folder: Path) -> dict[str, dict[str, Any]]:
     """Flags of each variant of the embedded task; makes its problems and models."""
     folder.mkdir(parents=True, exist_ok=True)
+    grpo.disable_progress_bars()
     rows, held_out = grpo.make_arith(512)
     start = grpo.warm_start(grpo.Config(), rows)
 
