@@ -86,13 +86,13 @@ def groups(out: Path) -> Plan:
 
 def tasks(out: Path) -> Plan:
     """What the theory says should matter, for both norms: other problems or another model, all else as in `norms`, but
-    that a model of another width has its rate divided by it (at the same one, width 256 collapses)."""
+    that a wider model has its rates divided by its width (at the same ones, width 256 learns little and collapses)."""
     for name, flags in variants(out / "tasks").items():
         for seed in COMPARING[:3]:
             for norm in NORMS[:2]:
                 width = int(name.removeprefix("width-")) if name.startswith("width-") else WIDTH
-                yield f"{name}-{norm}-{seed}", dict(
-                    norm=norm, lr=best_rate(out, "adamw", norm) * WIDTH / width, seed=seed, micro_batch=4096, **flags)
+                lr = best_rate(out, "adamw", norm) * min(1.0, WIDTH / width)
+                yield f"{name}-{norm}-{seed}", dict(norm=norm, lr=lr, seed=seed, micro_batch=4096, **flags)
 
 
 def variants(folder: Path) -> dict[str, dict[str, Any]]:
@@ -121,7 +121,7 @@ def variants(folder: Path) -> dict[str, dict[str, Any]]:
         found[name] = {"model": start, "data": file(name, rows.select(range(count))), "eval_data": test}
     for width in (32, 256):
         found[f"width-{width}"] = {"model": wide_model(folder / f"start-{width}", width), "sft_steps": 2000,
-                                   "sft_batch": 64, "sft_lr": 6e-3}
+                                   "sft_batch": 64, "sft_lr": 6e-3 * min(1.0, WIDTH / width)}
     return found
 
 
