@@ -611,7 +611,7 @@ HOSTILE = [
     "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200, "{" * 200,
     "x" * 250, "9" * 10**6,
     "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6, "a" * 10**6, "-" * 10**6, " " * 10**6,
-    "\\text{" * 10**5, "^" * 10**5,
+    "\\text{" * 10**5, "^" * 10**5, "(" * 10**5 + "," * 10**5,
     "\\sqrt{" * 60 + "2" + "}" * 60, "\\int_0^1 x^{x^x}", "\\sum_{n=1}^{9999} \\frac{1}{n^9}", "\\frac{1}{0}",
     "٣", "\0", "$" * 999,
 ]
@@ -639,7 +639,7 @@ def test_brackets_as_deep_as_answers_have_them_are_parsed():
 def test_hostile_completions_get_no_reward_in_bounded_time(text):
     for completion in (text, f"\\boxed{{{text}}}"):
         began = time.perf_counter()
-        assert grpo.grade(completion, "\\frac{3}{4}") == 0.0
+        assert grpo.grade(completion, "\\frac{3}{4}") == grpo.grade("3", completion) == 0.0
         assert time.perf_counter() - began < 3
 
 
