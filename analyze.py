@@ -549,17 +549,16 @@ def against_none(ours: list[Run], others: list[Run], target: float, phases: dict
         took, needed = (np.where(np.diff(x) > 0, np.diff(x), math.nan) for x in (slow, fast))
         foreseen = [foresee(other, a, b) for a, b in zip(slow, slow[1:], strict=False)]
         bands.append(np.column_stack([took / needed, foreseen]).tolist())
-    ratios, *gains_foreseen = np.array(measured).T
-    foreseen_by = dict(zip(KINDS, gains_foreseen, strict=True))
+    ratios, *columns = np.array(measured).T
+    by_kind = dict(zip(KINDS, columns, strict=True))
     return {
         "pairs": len(pairs), "gain": curve(gains),
         "final_gain": mean_interval([last_tenth(run) - last_tenth(other) for run, other in pairs]),
         "growth": [mean_interval([row[i] for row in grown]) for i in range(3)],
         "growth_III_less_I": mean_interval([row[2] - row[0] for row in grown]),
         "speed_up": np.exp(all_reached(np.log(ratios))).tolist(),
-        "predicted_speed_up": {kind: all_reached(gain) for kind, gain in foreseen_by.items()},
-        "over_predicted": {kind: np.exp(all_reached(np.log(ratios / gain))).tolist()
-                           for kind, gain in foreseen_by.items()},
+        "predicted_speed_up": {kind: all_reached(gain) for kind, gain in by_kind.items()},
+        "over_predicted": {kind: np.exp(all_reached(np.log(ratios / gain))).tolist() for kind, gain in by_kind.items()},
         "measured": measured, "bands": bands,
     }
 
@@ -829,7 +828,7 @@ def draw_picture(path: Path, runs: list[Run], group: dict[str, Any], decides: st
     figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
     panels = {"pass_rate": "pass rate (training prompts)", "reward_std": "mean σ within prompts (reward)",
               "sampled": "orthogonality: 1 − mean |cos|", "corrected": "without noise: 1 − cosine",
-              "predicted_gain": "predicted gain (ratio)"}
+              "predicted_gain": "predicted gain, as sampled (ratio)"}
     for axis, (key, label) in zip(axes.flat, panels.items(), strict=False):
         for norm, arm in arms.items():
             draw_series(axis, arm, key, norm)

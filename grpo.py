@@ -449,9 +449,9 @@ def plain_latex(text: str) -> str:
 
 def parse_number(text: str) -> Fraction | None:
     """The value of a plain_latex text that is one number, perhaps with currency, percent sign, unit or words."""
-    found = NUMBER.fullmatch(BESIDE.sub(" ", text.rsplit("=", 1)[-1]).strip())
     if re.search(r"[(\[][^()\[\]]*,[^()\[\]]*[)\]]", text[:MAX_SPAN]):  # "(3,100)" is a pair
         return None
+    found = NUMBER.fullmatch(BESIDE.sub(" ", text.rsplit("=", 1)[-1]).strip())
     if not found or len(found[0]) > MAX_SPAN or found[3] and int(found[3]) == 0:
         return None
     return Fraction(found[1] + found[2].replace(",", "")) / int(found[3] or 1)

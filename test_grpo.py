@@ -1897,7 +1897,7 @@ def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
 @thorough
 def test_analysis_bears_damaged_logs(examples, tmp_path):
     path = write_run(tmp_path / "run", saturating(50, 40))
-    whole = (path / "metrics.jsonl").read_bytes().splitlines()
+    whole, intact = (path / "metrics.jsonl").read_bytes().splitlines(), analyze.read_run(path).log
     damage = st.lists(
         st.tuples(
             st.integers(0, 40),
@@ -1920,8 +1920,13 @@ def test_analysis_bears_damaged_logs(examples, tmp_path):
         for at, line in damage:
             lines[at] = line
         (path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-        run = analyze.read_run(path)
-        analyze.detect_phases(run.log["reward_std"], run.log["sampled"], run.log["pass_rate"], run.log.index, draws=2)
+        log = analyze.read_run(path).log
+        named = {row["step"] for row in analyze.read_lines(path / "metrics.jsonl")[0] if "pass_rate" not in row}
+        left = [step for step in range(40) if step not in named | {at for at, _ in damage}]
+        both = log.loc[left, ["reward_std", "sampled"]], intact.loc[left, ["reward_std", "sampled"]]
+        assert len(left) >= 30 and both[0].equals(both[1])
+        found = analyze.detect_phases(log["reward_std"], log["sampled"], log["pass_rate"], log.index, draws=2)
+        assert not found["found"] and found["reason"]
 
     check()
 
