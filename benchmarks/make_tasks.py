@@ -1,0 +1,171 @@
+"""Make the embedded tasks: problems, and a small language model that solves some of them, sometimes.
+
+    python benchmarks/make_tasks.py                          # assets/arith and assets/letters, about two minutes
+    python benchmarks/make_tasks.py --out DIR letters        # one of them, elsewhere
+
+Each directory gets train.jsonl and test.jsonl (columns question and answer; no problem is in both) and model/ (float32,
+with its tokenizer). The problems come out the same byte for byte; the weights do up to rounding, which differs between
+machines.
+
+RL can only raise what is sampled already. So both models are trained here, by supervision, on solutions with slips:
+they have the skills and slip as often as their teacher did, as a pretrained model does.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+Pairs = list[tuple[str, str]]  # (question, answer), or (question, solution)
+
+HELD_OUT = 512
+
+
+class Task(NamedTuple):
+    """Problems to train on, problems held out, the warm start's solutions with slips, and its length in steps."""
+
+    train: Pairs
+    test: Pairs
+    solutions: Pairs
+    steps: int
+
+
+def make_arith() -> Task:
+    """Three-digit sums, "047+085=" with the answer's units digit first, "2310": one skill, the carry, in every problem.
+
+    The solutions are those of somebody who forgets each carry with probability 1/2. There are four times as many as
+    problems to train on: of fewer the model would remember the slips.
+    """
+    rng = np.random.default_rng(0)
+    size = 1 << 15
+    pairs = rng.permutation(10**6)[: size + HELD_OUT]  # problem k is k // 1000 + k % 1000
+    texts = []  # of the answers, of the solutions
+    for slip in (0.0, 0.5):
+        carry, digits = np.zeros_like(pairs), []
+        for place in (1, 10, 100):
+            total = pairs // 1000 // place % 10 + pairs // place % 10 + carry
+            digits.append(total % 10)
+            carry = total // 10 * (rng.random(len(pairs)) >= slip)
+        texts.append(["".join(map(str, row)) for row in np.stack([*digits, carry], 1).tolist()])
+    questions = [f"{k // 1000:03}+{k % 1000:03}=" for k in pairs.tolist()]
+    answers, solutions = (list(zip(questions, column, strict=True)) for column in texts)
+    return Task(answers[: size // 4], answers[size:], solutions[:size], 2000)
+
+
+# letter: (what it adds to each digit, what a slip adds instead, how often the warm start's digits are right)
+LETTERS = {
+    "a": (3, 7, 0.30),
+    "b": (8, 1, 0.33),
+    "c": (1, 9, 0.55),
+    "d": (6, 8, 0.75),
+    "e": (9, 0, 0.87),
+    "f": (4, 3, 0.97),
+}
+
+
+def make_letters() -> Task:
+    """Six skills of unequal difficulty, one a letter: "c+047=" asks for the digits of 047 with 1 added to each, "158".
+
+    Sums are modulo 10. A slip adds another digit, the letter's too: all three digits are right with probability q^3,
+    from 0.03 to 0.91. The digits follow no pattern, so that the skills are separate: where every slip was 5 off, one
+    letter's gradient pointed against another's (cosines down to -0.6), and the hard letters were never learnt.
+    """
+    rng = np.random.default_rng(0)
+    orders = [rng.permutation(1000).tolist() for _ in LETTERS]
+    numbers = [f"{number:03}" for row in zip(*orders, strict=True) for number in row]
+    problems = list(zip([*LETTERS] * 1000, numbers, strict=True))  # letters in turn: as often in train as in test
+
+    def solve(letter: str, number: str, slips: bool) -> tuple[str, str]:
+        right, wrong, rate = LETTERS[letter]
+        added = [wrong if slips and rng.random() >= rate else right for _ in number]
+        return f"{letter}+{number}=", "".join(str((int(d) + a) % 10) for d, a in zip(number, added, strict=True))
+
+    rows = [solve(*problem, False) for problem in problems]
+    solutions = [solve(*problem, True) for _ in range(24) for problem in problems[:-HELD_OUT]]  # slips anew each time
+    return Task(rows[:-HELD_OUT], rows[-HELD_OUT:], solutions, 2000)
+
+
+TASKS = {"arith": make_arith, "letters": make_letters}
+
+
+def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+    """An untrained one-layer transformer of 133k parameters and a tokenizer whose tokens are characters."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *characters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))  # without merges: characters
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    shape = GPT2Config(
+        vocab_size=len(vocabulary),
+        n_positions=128,
+        n_embd=96,
+        n_layer=1,
+        n_head=8,
+        n_inner=384,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(shape)
+    model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning
+    return model, tokenizer
+
+
+def warm_start(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int) -> None:
+    """Train the model in place: cross-entropy of the solutions' tokens, AdamW, batches of 64, linear decay to 0.
+
+    All questions have one length, and all solutions: a batch needs no padding.
+    """
+    prompts, solutions = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
+    tokens = torch.tensor([[*p, *s, tokenizer.eos_token_id] for p, s in zip(prompts, solutions, strict=True)])
+    labels = tokens.clone()
+    labels[:, : len(prompts[0])] = -100  # not predicted
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    rng, queue, warmup = np.random.default_rng(0), np.zeros(0, dtype=np.int64), steps // 20
+    for step in range(steps):
+        if len(queue) < 64:
+            queue = np.concatenate([queue, rng.permutation(len(pairs))])
+        rows, queue = queue[:64], queue[64:]
+        loss = model(tokens[rows], labels=labels[rows], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 6e-3 * min((step + 1) / warmup, 1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 200 == 0:
+            print(f"warm start {step:>5}/{steps}  loss {loss.item():.3f}", flush=True)
+
+
+def make(name: str, out: Path) -> None:
+    """Write the task's directory."""
+    task, (model, tokenizer) = TASKS[name](), small_model()
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        rows = [{"question": question, "answer": answer} for question, answer in getattr(task, split)]
+        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    warm_start(model, tokenizer, task.solutions, task.steps)
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], metavar="task", help=f"of {', '.join(TASKS)}; all")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "assets")
+    args = parser.parse_args(arguments)
+    for name in args.tasks or TASKS:
+        make(name, args.out / name)
+
+
+if __name__ == "__main__":
+    main()
