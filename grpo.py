@@ -148,8 +148,7 @@ class Config:
 
 def advantage_scale(rewards: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
     """What each prompt's centred rewards are multiplied by, see above. rewards: [P, G] -> [P, 1].
-    0 for a group of equal rewards under every norm: there rounding alone would be divided by eps.
-    """
+    0 for a group of equal rewards under every norm: there rounding alone would be divided by eps."""
     std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
     scale = {
         "none": torch.ones_like(std),
@@ -162,16 +161,14 @@ def advantage_scale(rewards: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
 
 def group_advantages(rewards: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
     """Advantages relative to the own group, (r - group mean) * scale (arXiv 2402.03300, 4.1.2); calls advantage_scale.
-    rewards: [P, G], G completions for each of P prompts -> [P, G].
-    """
+    rewards: [P, G], G completions for each of P prompts -> [P, G]."""
     return (rewards - rewards.mean(dim=1, keepdim=True)) * advantage_scale(rewards, norm, eps)
 
 
 def token_weights(lengths: Tensor, agg: str) -> Tensor:
     """What each token's term counts in the batch loss; fixed for the whole batch, so no split of it matters.
     lengths: [P, G] tokens of each completion. agg: "sequence" 1/(P*G) (the policy gradient of the whole completion),
-    "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv 2503.14476). Returns [P, G].
-    """
+    "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv 2503.14476). Returns [P, G]."""
     count: Any = {"sequence": lengths.numel(), "mean": lengths.numel() * lengths, "token": lengths.sum()}[agg]
     return torch.ones_like(lengths, dtype=torch.float32) / count
 
@@ -179,8 +176,7 @@ def token_weights(lengths: Tensor, agg: str) -> Tensor:
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip: float) -> Tensor:
     """Clipped policy-gradient loss, -sum of weights * min(ratio * A, clip(ratio) * A) (PPO, arXiv 1707.06347, eq. 7).
     Log-probabilities in nats; all of one shape, or broadcast to it, an entry a token. Where old_logprobs =
-    logprobs.detach() the ratio is 1 and the gradient is REINFORCE's, -sum of weights * A * grad logprobs.
-    """
+    logprobs.detach() the ratio is 1 and the gradient is REINFORCE's, -sum of weights * A * grad logprobs."""
     ratio = (logprobs - old_logprobs).exp()
     bounded = ratio.clamp(1 - clip, 1 + clip)
     return -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
@@ -189,8 +185,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
 def k3_divergence(logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """Estimate per token, in nats, of KL(policy || reference): ratio * (exp(d) - d - 1) >= 0, d = reference - policy.
     Equal shapes. k3 (Schulman, "Approximating KL Divergence", 2020) times the ratio policy / old, neither detached nor
-    clipped: without it the gradient would be that of KL(reference || policy) (arXiv 2505.17508).
-    """
+    clipped: without it the gradient would be that of KL(reference || policy) (arXiv 2505.17508)."""
     difference = reference_logprobs - logprobs
     return (logprobs - old_logprobs).exp() * (torch.expm1(difference) - difference)
 
@@ -204,8 +199,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Draw one token a row from softmax(logits / temperature), and nothing else: no top-k, no top-p, no penalty.
     logits: [N, V]; uniforms: [N] in [0, 1), a token each; temperature 0 takes the most likely token. Returns tokens,
-    their log-probabilities and the distributions' entropies, [N] each, in nats (at temperature 0 those of 1).
-    """
+    their log-probabilities and the distributions' entropies, [N] each, in nats (at temperature 0 those of 1)."""
     scaled = logits.to(torch.float32, copy=True).div_(temperature or 1.0)  # [N, V]
     logprobs = scaled.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)  # so that 0 * log 0 is 0
     probs = torch.exp(logprobs, out=scaled)
@@ -274,8 +268,7 @@ def directional_curvature(
     fast the log-probabilities change along v. Returns reward / parameter^2, the second difference over a step that
     changes them by 0.03 to 0.1 (root mean square, within a factor of 2): at the sampling policy the sample Hessian of
     the expected reward, which a token-level ratio's is not. NaN for a direction of length 0, and where no such step is
-    found or rounding could reach some percent of the result's usual size.
-    """
+    found or rounding could reach some percent of the result's usual size."""
     # In float64: torch's float32 norm of 10^8 numbers is off by a percent on a CPU.
     norm = float(sum(torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in direction.values())) ** 0.5
     if not 0 < norm < float("inf"):
@@ -333,6 +326,8 @@ def load_policy(config: Config):
         model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
         if config.device == "cpu" and model.config._attn_implementation == "sdpa":
+            AttentionInterface.register("grouped", grouped_attention)
+            AttentionMaskInterface.register("grouped", eager_mask)
             model.set_attn_implementation("grouped")
         if config.lora:  # arXiv 2106.09685; in float32, beside weights of any type
             import peft
@@ -356,8 +351,7 @@ def load_policy(config: Config):
 
 def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **options):
     """Attention by two matrix products, query heads that share a key head as further queries of it: a fifth of a step.
-    query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N], added. Returns [B, T, H, D].
-    """
+    query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N], added. Returns [B, T, H, D]."""
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("attention that is no plain softmax")
     grouped = query.unflatten(1, (key.shape[1], -1)) * scaling  # [B, K, H/K, T, D]
@@ -366,11 +360,7 @@ def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, ma
     return (probs.flatten(2, 3) @ value).reshape(query.shape).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", eager_mask)
-
-
-def with_weights(model: Any, weights: dict[str, Tensor]):
+def with_weights(model: Any, weights: dict):
     """The model's forward at other weights, given by parameter name; those not named stay as they are."""
     return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
 
@@ -412,11 +402,10 @@ class Group:
 
 
 @torch.no_grad()
-def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, temperature: float) -> list[Group]:
+def rollout(policy: Policy, prompts: list, uniforms: Tensor, temperature: float) -> list[Group]:
     """Sample G completions of at most T tokens for each of P prompts (token lists); temperature 0 is greedy.
     uniforms: [P, G, T] in [0, 1), one a token. Every prompt is encoded once, then its cache is repeated; rows that have
-    ended leave the batch.
-    """
+    ended leave the batch."""
     model, device = policy.model, policy.model.device
     P, G, T = uniforms.shape
     uniforms, ends = uniforms.view(P * G, T).to(device), torch.tensor(policy.eos_ids, device=device)
@@ -426,7 +415,7 @@ def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, temperat
     mask = (torch.arange(width, device=device) >= width - sizes[:, None]).long()
     position = (mask.cumsum(1) - 1).clamp(min=0)  # of left-padded rows, which absolute ones depend on
     cache = DynamicCache()  # given: a sliding-window model's own keeps too few keys
-    options: dict[str, Any] = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    options: dict = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
     output = model(ids, attention_mask=mask, position_ids=position, output_hidden_states=True, **options)
     features = (output.hidden_states[-1].float() * mask[..., None]).sum(1) / sizes[:, None]  # [P, D]
     cache.batch_repeat_interleave(G)
@@ -455,10 +444,9 @@ def rollout(policy: Policy, prompts: list[list[int]], uniforms: Tensor, temperat
     return [Group(torch.tensor(prompt), *rest) for prompt, rest in zip(prompts, groups)]
 
 
-def score(policy: Policy, groups: list[Group], problems: Sequence["Problem"], reward: Reward):
+def score(policy: Policy, groups: list[Group], problems: list, reward: Reward):
     """Give every group the texts of its completions, without special tokens, and their rewards; returns the groups.
-    Raises RunError, naming the completion, for a reward that fails or is no finite number.
-    """
+    Raises RunError, naming the completion, for a reward that fails or is no finite number."""
     for group, problem in zip(groups, problems):
         parts = [row[:length] for row, length in zip(group.tokens.tolist(), group.lengths.tolist())]
         group.texts = policy.tokenizer.batch_decode(parts, skip_special_tokens=True)
@@ -479,11 +467,10 @@ def pass_rates(rewards: Tensor):
     return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
 
 
-def evaluate(policy: Policy, problems: list[Any], mine: range, reward: Reward, config: Config):
+def evaluate(policy: Policy, problems: list, mine: range, reward: Reward, config: Config):
     """A sampled and a greedy completion of every problem in this process's share, `mine`, a group each.
-    The random numbers are always the same, so that what differs between two evaluations is the policy.
-    """
-    found: list[list[Group]] = [[], []]
+    The random numbers are always the same, so that what differs between two evaluations is the policy."""
+    found: list = [[], []]
     for start in range(0, len(mine), config.prompts * config.group):  # as many rows at once as in training
         rows = mine[start : start + config.prompts * config.group]
         part, uniforms = [problems[row] for row in rows], draw(config, EVALUATE, 0, rows, 1)
@@ -500,8 +487,7 @@ def pass_logprobs(forward: Callable, group: Group, rows: list[int], config: Conf
     """Passes of at most config.micro_batch tokens, or one completion: rows, and their log-probabilities [n, T] in nats.
     forward: the model, or it at other weights. The longest completions come first; T is the length of a pass's longest,
     log-probabilities beyond the others' are 0. The prompt is encoded once a pass and its cache repeated. Padding stands
-    on the right, where no token of a completion attends to it, so no mask is needed.
-    """
+    on the right, where no token of a completion attends to it, so no mask is needed."""
     rows, prompt = sorted(rows, key=lambda row: -int(group.lengths[row])), group.prompt.to(config.device)
     while rows:
         n = max(1, config.micro_batch // int(group.lengths[rows[0]]))
@@ -523,8 +509,7 @@ def group_gradient(
     policy: Policy, group: Group, rows: list[int], config: Config, gradient: Tensor, reference: Any = None
 ):
     """Add to `gradient` [D] that of some completions' loss; returns their log-probabilities [G, T], else 0.
-    reference: the forward of the KL term's policy, or None.
-    """
+    reference: the forward of the KL term's policy, or None."""
     found = torch.zeros_like(group.logprobs)
     for part, logprobs in pass_logprobs(policy.model, group, rows, config):
         T = logprobs.shape[1]
@@ -559,12 +544,11 @@ def measured_gradient(policy: Policy, group: Group, scale: Tensor, config: Confi
     """group_gradient in two halves, each measured on the way; returns the log-probabilities and what was found.
     scale: what rewards are multiplied by, 0 if all are equal. A half's own gradient is that of the expected reward:
     uphill, the mean over the half of leave-one-out advantages * grad log pi. Found, as pairs of the halves: vectors
-    [2, D], whole or sketched, and the columns of prompts.jsonl for probe steps.
-    """
+    [2, D], whole or sketched, and the columns of prompts.jsonl for probe steps."""
     G, rewards, square = len(group.rewards), group.rewards, lambda v: float(vector_norm(v, dtype=torch.float64)) ** 2
     uphill = replace(group, advantages=(rewards - rewards.mean()) * G / (G - 1))
     logprobs, vectors, scores = torch.zeros_like(group.logprobs), [], torch.zeros_like(gradient)
-    found: dict[str, Any] = {"curvature": [], "reward_std_half": [], "pass_rate_half": [], "fisher_half": []}
+    found: dict = {"curvature": [], "reward_std_half": [], "pass_rate_half": [], "fisher_half": []}
     halves = [list(range((G + 1) // 2)), list(range((G + 1) // 2, G))]
     for rows, others in (halves, halves[::-1]):
         uphill.weights, own = torch.full((G,), -1 / len(rows)), torch.zeros_like(gradient)
@@ -589,14 +573,13 @@ def probe_curvature(policy: Policy, group: Group, rows: list[int], others: list[
     """Curvature of the prompt's expected reward along the gradient of one half's rows, on the other half's samples.
     The other half has its own leave-one-out baseline, so that next to nothing of the direction's noise is in it. NaN
     where it has a single completion, and where the direction's half was rewarded alike: then only the other half's
-    rewards make it a direction at all. All weights in float32: a second difference drowns in bfloat16.
-    """
+    rewards make it a direction at all. All weights in float32: a second difference drowns in bfloat16."""
     n, rewards = len(others), group.rewards[others]
     if n < 2 or group.rewards[rows].max() == group.rewards[rows].min():
         return math.nan
     frozen = {name: p.float() for name, p in policy.model.named_parameters() if name not in policy.masters}
 
-    def sequence_logprobs(parameters: dict[str, Tensor]) -> Tensor:
+    def sequence_logprobs(parameters: dict) -> Tensor:
         found = torch.zeros(len(group.rewards), dtype=torch.float64)
         for part, logprobs in pass_logprobs(with_weights(policy.model, frozen | parameters), group, others, config):
             found[part] = logprobs.double().sum(1).cpu()
@@ -610,10 +593,10 @@ def probe_curvature(policy: Policy, group: Group, rows: list[int], others: list[
     return directional_curvature(sequence_logprobs, policy.masters, direction, advantages, slope)
 
 
-def describe_measured(groups: list[Group], scale: Tensor, found: list[dict[str, Any]], geometry: bool):
+def describe_measured(groups: list[Group], scale: Tensor, found: list, geometry: bool):
     """The measurements' part of the step's log line, and of its prompts' lines by column; found: of all P prompts."""
     G, line = len(groups[0].rewards), dict[str, Any]()
-    columns: dict[str, Any] = {name: [each[name] for each in found] for name in found[0] if name != "vectors"}
+    columns: dict = {name: [each[name] for each in found] for name in found[0] if name != "vectors"}
     if columns:
         line["curvature"] = torch.tensor(columns["curvature"]).nanmean()
     if geometry:
@@ -645,8 +628,7 @@ def train(
     dataset: problems with columns question and answer instead of the task's own; reward(completion, answer) -> float
     instead of the task's; stop: once a signal's number is in it, the run ends between two steps. Returns the last
     evaluation. Raises InputError for what cannot be used, before a run is begun or changed, RunError where it cannot go
-    on or was stopped.
-    """
+    on or was stopped."""
     out, P, G, reward = Path(config.out), config.prompts, config.group, reward or TASKS[config.task].reward
     if not config.resume and ((out / CHECKPOINT).exists() or (out / LOGS[0]).exists()):
         raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR to start a new one")
@@ -662,7 +644,7 @@ def train(
     check_model(policy, max((problem.prompt for problem in problems), key=len), config)
     masters, trained, limit = list(policy.masters.values()), sum(policy.sizes), config.max_grad_norm or math.inf
     # The KL term's policy is the present one: a second copy of what is trained, and of no more.
-    first = {name: p.detach().clone() for name, p in zip(policy.masters, policy.parameters)} if config.kl else {}
+    first = {name: p.detach().clone() for name, p in zip(policy.masters, policy.parameters) if config.kl}
     reference = with_weights(policy.model, first) if first else None
     optimizer = make_optimizer(masters, config)
     measurable = config.agg != "mean" and not config.kl  # else the loss's gradient is not the policy gradient
@@ -681,7 +663,8 @@ def train(
         if number:
             saved = f"a checkpoint is in {out}; the same command with --resume goes on from there"
             raise RunError(f"{signal.Signals(number).name}: {saved}", 128 + number)
-        evaluation, samples = dict[str, float](), list[dict[str, Any]]()
+        evaluation: dict = {}
+        samples: list = []
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
             both = [gather(groups) for groups in evaluate(policy, held_out, mine_held_out, reward, config)]
             values = torch.stack([stack(groups, "rewards")[:, 0] for groups in both])  # [2, held out]
@@ -778,9 +761,8 @@ def train(
         model = policy.model.merge_and_unload() if config.lora else policy.model
         model.save_pretrained(out / "model")
         policy.tokenizer.save_pretrained(out / "model")
-        other = "none" if config.norm == "std" else "std"
         print(f"held out {evaluation['eval_reward']:.3f}, greedy {evaluation['eval_greedy_reward']:.3f}; all in {out}")
-        print(f"next: the same command with --norm {other}, then python analyze.py {out.parent}/*")
+        print(f"next: the same command with another --norm, then python analyze.py {out.parent}/*")
     if size > 1:
         dist.destroy_process_group()
     return evaluation
@@ -819,8 +801,7 @@ def grade(completion: str, answer: str) -> float:
     r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception, never over 3 seconds.
     The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last number. Plain numbers
     are compared by value, the rest as LaTeX by math-verify, whose time limit, a second to read and one to compare, is a
-    signal, which only the main thread gets.
-    """
+    signal, which only the main thread gets."""
     given = marked_answer(completion)
     if given is None:
         given = re.findall(rf"-?(?:{DIGITS})|$", completion[-1000:])[-2:][0]
@@ -856,26 +837,24 @@ TASKS["gsm8k"] = Task("openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN,
 text = "{question}\nReason step by step, and put the final answer within \\boxed{}."
 sets = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
 TASKS["math"] = Task(*sets, QWEN, grade, 1024, 1e-6, text)
+COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
 
 
 def load_rows(source: str, graded: bool, raw: Dataset | None = None):
     """Question and final answer of every row of a JSONL file, a hub data set PATH:NAME:SPLIT, or `raw`, thus named.
-    Columns: question, problem or prompt; answer, final_answer or solution. Raises InputError for what cannot be loaded,
-    missing columns, and, where `grade` will read it, an answer that cannot be graded, with its row number from 1 on.
-    """
+    Raises InputError for what cannot be loaded, no question or answer in a column or row (numbered from 1), and, where
+    `grade` will read it, an answer that cannot be graded."""
     try:
         if raw is None:
             path, *hub = [source] if Path(source).is_file() else source.split(":")
             raw = load_dataset(path, hub[0], split=hub[1]) if hub else Dataset.from_json(path)
-        question = next(name for name in ("question", "problem", "prompt") if name in raw.column_names)
-        answer = next(name for name in ("answer", "final_answer", "solution") if name in raw.column_names)
+        question, answer = (next(n for n in names if n in raw.column_names) for names in COLUMNS)
     except Exception as error:  # what datasets raises has no common class
-        missing = "no column question, problem or prompt, or answer, final_answer or solution"
-        raise InputError(f"cannot load {source}: {str(error) or missing} {OFFLINE}") from error
+        raise InputError(f"cannot load {source}: {str(error) or f'no columns {COLUMNS}'} {OFFLINE}") from error
     rows = []
     for number, row in enumerate(raw, 1):
-        text = str(row[question] or "").strip() and str(row[answer]).strip()
+        text = "" if row[answer] is None or not str(row[question] or "").strip() else str(row[answer]).strip()
         marked = marked_answer(text)
         final = text if marked is None else marked
         if not text or graded and not grade(f"\\boxed{{{final}}}", final):
@@ -898,7 +877,7 @@ def load_problems(config: Config, dataset: Dataset | None, reward: Reward):
     return [train[i] for i in order[count:]], [train[i] for i in order[:count]]
 
 
-def encode_problems(rows: list[tuple[str, str]], policy: Policy, config: Config):
+def encode_problems(rows: list, policy: Policy, config: Config):
     """Problems with their prompts. Raises InputError for one that is longer than the model's context."""
     tokenizer = policy.tokenizer
     texts = [config.instruction.replace("{question}", question) for question, _ in rows]
@@ -910,12 +889,10 @@ def encode_problems(rows: list[tuple[str, str]], policy: Policy, config: Config)
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for text, prompt in zip(texts, prompts):
         if len(prompt) + config.max_new_tokens > context:
-            total = f"{len(prompt)} tokens, with {config.max_new_tokens} new ones"
-            raise InputError(f"prompt {text[:40]!r} has {total} more than the model's context of {context}")
-    return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]
-
-
-LARGEST_GAP = {"float32": 1e-3, "bfloat16": 0.5}  # nats between two passes of one distribution that rounding explains
+            raise InputError(
+                f"{len(prompt)} tokens and the new ones exceed the context of {context}: prompt {text[:40]!r}"
+            )
+    return [Problem(question, answer, prompt) for (question, answer), prompt in zip(rows, prompts)]
 
 
 def check_model(policy: Policy, prompt: list[int], config: Config):
@@ -927,18 +904,18 @@ def check_model(policy: Policy, prompt: list[int], config: Config):
     except Exception as error:  # whatever another kind of model raises
         raise InputError(f"model {config.model} cannot be used: {error}") from error
     gap = float((logprobs.cpu() - group.logprobs[:, : logprobs.shape[1]]).abs().max())
-    if not gap <= LARGEST_GAP[config.dtype]:  # NaN too
+    if not gap <= (1e-3 if config.dtype == "float32" else 0.5):  # more than rounding explains, or NaN
         raise InputError(f"model {config.model} cannot be used: rollout and training differ by {gap:.2g} nats")
 
 
-# -------------------------------------------- What a run leaves on disk ---------------------------------------------
+# ---------------------------------- Files of a run, processes, and the command line ----------------------------------
 
 CHECKPOINT = "checkpoint/state.safetensors"
 LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
 MAY_CHANGE = ("steps", "eval_every", "save_every", "micro_batch", "device", "out", "resume")  # between run and resume
 
 
-def append(path: Path, rows: list[dict[str, Any]]):
+def append(path: Path, rows: list):
     """Add one JSON line a row; a number that is not finite, which JSON lacks, becomes null."""
 
     rows = json.loads(json.dumps(rows, default=Tensor.tolist), parse_constant=lambda name: None)
@@ -971,14 +948,15 @@ def save_checkpoint(config: Config, policy: Policy, optimizer: Any, step: int, s
 def load_checkpoint(config: Config, policy: Policy, optimizer: Any, rank: int):
     """Restore weights, optimizer and logs as they were; returns the next step and the updates skipped in a row.
     Raises InputError, with nothing changed on disk, for a torn file, one of another model or of other settings, one
-    beyond --steps, and one that counts on log lines that are gone.
-    """
+    beyond --steps, and one that counts on log lines that are gone."""
     out, path = Path(config.out), Path(config.out) / CHECKPOINT
     try:
         with safe_open(path, "pt", device=config.device) as file:
-            state, now = json.loads(file.metadata()["state"]), asdict(config)
+            state = json.loads(file.metadata()["state"])
             was = {name: value for name, value in state["config"].items() if name not in MAY_CHANGE}
-            differ = {name: (value, now[name]) for name, value in was.items() if value != now[name]}
+            differ = {
+                name: (value, getattr(config, name)) for name, value in was.items() if value != getattr(config, name)
+            }
             if differ:
                 raise ValueError(f"other settings, then and now: {differ}")
             if state["step"] > config.steps:
@@ -991,15 +969,12 @@ def load_checkpoint(config: Config, policy: Policy, optimizer: Any, rank: int):
                 parts = {kind: file.get_tensor(f"{kind}.{name}") for kind in kinds}
                 master.data.copy_(parts.pop("weights").view_as(master))
                 optimizer.state |= {master: parts} if parts else {}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot resume from {path}: {error}") from error
     policy.publish()
     for log in (out / name for name in LOGS if rank == 0 and (out / name).exists()):
         os.truncate(log, state["logs"].get(log.name, 0))
     return state["step"], state["skipped"]
-
-
-# ------------------------------------------ Processes and the command line ------------------------------------------
 
 
 def join_processes(config: Config):
@@ -1014,7 +989,7 @@ def join_processes(config: Config):
     return (dist.get_rank(), size) if size > 1 else (0, 1)
 
 
-def gather(part: list[Any]):
+def gather(part: list):
     """The lists of all processes, one after the other."""
     parts = [part] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(parts) > 1:
@@ -1031,7 +1006,7 @@ def main(arguments: Sequence[str] | None = None):
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
     parser.error = lambda message: parser.exit(2, f"grpo.py: error: {message}\n")  # type: ignore[method-assign]
-    received: list[int] = []
+    received: list = []
 
     def note(number: int, _: Any) -> None:
         received.append(number)  # a step is not left in the middle: its weights would be neither the old nor the new
