@@ -96,7 +96,7 @@ class Config:
     group: int = 16  # G, completions a prompt
     max_new_tokens: int = 0  # longest completion; 0: the task's
     temperature: float = 1.0  # of the sampled, and trained, distribution
-    steps: int = 300  # batches sampled, each with --epochs updates
+    steps: int = 250  # batches sampled, each with --epochs updates
     lr: float = 0.0  # learning rate, after 10 steps of warm-up; 0: the task's, with adapters ten times that
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is what the theory speaks of
     max_grad_norm: float = 10.0  # clip the gradient, which has the norm's scale, to this size; 0: never
@@ -126,7 +126,6 @@ class Config:
             if isinstance(value, (int, float)) and not (low := least.get(name, 0)) <= value < math.inf:
                 raise InputError(f"{name} is {value}, not a number from {low} on")
         task = TASKS[self.task]
-        self.model = self.model or task.model
         self.instruction = self.instruction or task.instruction
         if "{question}" not in self.instruction:
             raise InputError("instruction has no {question}, so no prompt would hold its problem")
@@ -321,10 +320,11 @@ class Policy:
 
 def load_policy(config: Config):
     """The start policy. Raises InputError for a model that cannot be loaded or names no end token."""
+    path = config.model or TASKS[config.task].model
     try:
         # Never code from the model's directory: without the argument transformers would ask, and wait for an answer.
-        model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=config.dtype, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if config.device == "cpu" and model.config._attn_implementation == "sdpa":
             AttentionInterface.register("grouped", grouped_attention)
             AttentionMaskInterface.register("grouped", eager_mask)
@@ -337,12 +337,12 @@ def load_policy(config: Config):
                 model, peft.LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
             )
     except Exception as error:  # transformers raises OSError, ValueError, ImportError, SafetensorError, ...
-        raise InputError(f"cannot load model {config.model}: {error} {OFFLINE}") from error
+        raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would make the trained distribution another one than the sampled
     ends = getattr(model.generation_config, "eos_token_id", None)  # None, one id, or several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if not ends:
-        raise InputError(f"model {config.model} names no end-of-sequence token")
+        raise InputError(f"model {path} names no end-of-sequence token")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     masters = {name: p if p.dtype == torch.float32 else p.detach().float() for name, p in trained.items()}
     sizes = [master.numel() for master in masters.values()]
@@ -654,7 +654,7 @@ def train(
     start, skipped = load_checkpoint(config, policy, optimizer, rank) if config.resume else (0, 0)
     if rank == 0:
         save_checkpoint(config, policy, optimizer, start, skipped)
-        print(f"{config.task}, {len(problems):,} problems; {config.model}, {trained:,} parameters; norm {config.norm}")
+        print(f"{config.task}, {len(problems):,} problems; {trained:,} parameters; norm {config.norm}")
 
     for step in range(start, config.steps + 1):
         number = max(gather(list(stop)), default=0)  # together: all processes have taken the same steps
