@@ -14,6 +14,7 @@ they have the skills and slip as often as their teacher did, as a pretrained mod
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,12 +70,13 @@ LETTERS = {
 }
 
 
-def make_letters() -> Task:
+def make_letters(shared: int = 0) -> Task:
     """Six skills of unequal difficulty, one a letter: "c+047=" asks for the digits of 047 with 1 added to each, "158".
 
     Sums are modulo 10. A slip adds another digit, the letter's too: all three digits are right with probability q^3,
     from 0.03 to 0.91. The digits follow no pattern, so that the skills are separate: where every slip was 5 off, one
     letter's gradient pointed against another's (cosines down to -0.6), and the hard letters were never learnt.
+    To the first `shared` digits every letter adds what "a" adds, or its slip, at its own rate: a skill in common.
     """
     rng = np.random.default_rng(0)
     orders = [rng.permutation(1000).tolist() for _ in LETTERS]
@@ -82,8 +84,9 @@ def make_letters() -> Task:
     problems = list(zip([*LETTERS] * 1000, numbers, strict=True))  # letters in turn: as often in train as in test
 
     def solve(letter: str, number: str, slips: bool) -> tuple[str, str]:
-        right, wrong, rate = LETTERS[letter]
-        added = [wrong if slips and rng.random() >= rate else right for _ in number]
+        *own, rate = LETTERS[letter]
+        pairs = [LETTERS["a"][:2]] * shared + [own] * (3 - shared)
+        added = [wrong if slips and rng.random() >= rate else right for right, wrong in pairs]
         return f"{letter}+{number}=", "".join(str((int(d) + a) % 10) for d, a in zip(number, added, strict=True))
 
     rows = [solve(*problem, False) for problem in problems]
@@ -92,6 +95,7 @@ def make_letters() -> Task:
 
 
 TASKS = {"arith": make_arith, "letters": make_letters}
+OVERLAPS = {f"letters-{shared}": partial(make_letters, shared) for shared in (1, 2, 3)}  # of experiment.py
 
 
 def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
@@ -147,7 +151,7 @@ def warm_start(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs
 
 def make(name: str, out: Path) -> None:
     """Write the task's directory."""
-    task, (model, tokenizer) = TASKS[name](), small_model()
+    task, (model, tokenizer) = (TASKS | OVERLAPS)[name](), small_model()
     (out / "model").mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         rows = [{"question": question, "answer": answer} for question, answer in getattr(task, split)]

@@ -2,7 +2,7 @@
 
     pip install trl
     python benchmarks/vs_trl.py HuggingFaceTB/SmolLM2-135M-Instruct PROBLEMS.jsonl    # columns question and answer
-    python benchmarks/vs_trl.py tiny                                                  # the embedded task and model
+    python benchmarks/vs_trl.py tiny                                                  # the embedded arith, float32
     python benchmarks/vs_trl.py MODEL PROBLEMS.jsonl --growth                         # ours alone, to 4 times P, G, T
 
 Both sides: P prompts x G completions of at most T tokens at temperature 1, AdamW, no KL term, one update a batch,
@@ -30,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # grpo.py
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 LABELS = {"ours": "grpo.py", "measured": "grpo.py, geometry and probe every step", "trl": "TRL"}
 
@@ -40,32 +40,29 @@ def reward(completion: str, answer: str) -> float:
     return zlib.crc32(completion.encode()) / 2**32
 
 
-def load_rows(args: argparse.Namespace) -> Any:
-    """Questions and answers: of the file, or of the embedded task."""
-    import grpo
-
-    if args.data:
-        return grpo.standard_columns(grpo.load_dataset("json", data_files=args.data, split="train"), args.data, False)
-    return grpo.make_arith(1)[0]
-
-
-def settings(args: argparse.Namespace, **changes: Any) -> Any:
-    """The Config of our side."""
-    import grpo
-
-    return grpo.Config(**{
-        "model": args.model, "instruction": "{question}", "prompts": args.prompts, "group": args.group,
-        "max_new_tokens": args.new_tokens, "steps": args.steps + 1, "lr": 1e-6, "eval_every": 0, "eval_problems": 1,
-        "dtype": args.dtype, "geometry_every": 0, "probe_every": 0, **changes})
-
-
 def run_ours(args: argparse.Namespace) -> list[float]:
     """Seconds of each step of grpo.train, as its log has them."""
     import grpo
 
-    changes = {"geometry_every": 1, "probe_every": 1} if args.side == "measured" else {}
+    every = int(args.side == "measured")
     with tempfile.TemporaryDirectory() as out:
-        grpo.train(settings(args, out=out, **changes), load_rows(args), reward)
+        config = grpo.Config(
+            model=args.model,
+            data=args.data,
+            instruction="{question}",
+            prompts=args.prompts,
+            group=args.group,
+            max_new_tokens=args.new_tokens,
+            steps=args.steps + 1,
+            lr=1e-6,
+            dtype=args.dtype,
+            geometry_every=every,
+            probe_every=every,
+            eval_every=0,
+            eval_problems=1,
+            out=out,
+        )
+        grpo.train(config, reward=reward)
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [line["seconds_rollout"] + line["seconds_update"] for line in lines if "seconds_update" in line]
 
@@ -73,12 +70,13 @@ def run_ours(args: argparse.Namespace) -> list[float]:
 def run_trl(args: argparse.Namespace) -> list[float]:
     """Seconds of each step of GRPOTrainer, from the beginning of its rollout to the end of its update."""
     import torch
+    from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
-            self.began, self.seconds = 0.0, []
+            self.began, self.seconds = 0.0, list[float]()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.began = time.perf_counter()
@@ -86,21 +84,33 @@ def run_trl(args: argparse.Namespace) -> list[float]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(time.perf_counter() - self.began)
 
-    def rewards(completions: list, **_: Any) -> list[float]:
+    def rewards(completions: list, **_: Any) -> list[float | None]:
         return [reward(c if isinstance(c, str) else c[0]["content"], "") for c in completions]
 
     chat = AutoTokenizer.from_pretrained(args.model).chat_template
-    rows = load_rows(args).select(range(args.prompts * (args.steps + 1)))
-    rows = rows.map(lambda row: {
-        "prompt": [{"role": "user", "content": row["question"]}] if chat else row["question"]})
+    rows = Dataset.from_json(args.data).select(range(args.prompts * (args.steps + 1)))
+    rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}] if chat else row["question"]})
     batch, clock = args.prompts * args.group, Clock()
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
-            output_dir=out, use_cpu=not torch.cuda.is_available(), bf16=args.dtype == "bfloat16",
-            per_device_train_batch_size=args.micro, gradient_accumulation_steps=batch // args.micro,
-            num_generations=args.group, max_completion_length=args.new_tokens, temperature=1.0, beta=0.0,
-            max_steps=args.steps + 1, learning_rate=1e-6, logging_steps=1, save_strategy="no", report_to=[],
-            shuffle_dataset=False, gradient_checkpointing=False, model_init_kwargs={"dtype": torch.float32})
+            output_dir=out,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=args.dtype == "bfloat16",
+            per_device_train_batch_size=args.micro,
+            gradient_accumulation_steps=batch // args.micro,
+            num_generations=args.group,
+            max_completion_length=args.new_tokens,
+            temperature=1.0,
+            beta=0.0,
+            max_steps=args.steps + 1,
+            learning_rate=1e-6,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            shuffle_dataset=False,
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": torch.float32},
+        )
         GRPOTrainer(args.model, rewards, args=config, train_dataset=rows, callbacks=[clock]).train()
     return clock.seconds
 
@@ -110,11 +120,6 @@ def child(args: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(args.threads)
-    if args.side == "tiny":  # makes the embedded model, and says where it lies
-        import grpo
-
-        print(json.dumps(str(grpo.warm_start(grpo.Config(), load_rows(args)))))
-        return
     seconds = run_trl(args) if args.side == "trl" else run_ours(args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if torch.cuda.is_available():
@@ -145,8 +150,14 @@ def compare(args: argparse.Namespace, dtype: str) -> None:
     trl = sides["trl"]
     for side, label in LABELS.items():
         seconds, peak = statistics.median(sides[side]["seconds"]), sides[side]["peak"]
-        row(dtype, label, f"{seconds:.3g}", f"{statistics.median(trl['seconds']) / seconds:.2f}×",
-            f"{peak / 1e9:.2f} GB", f"{peak / trl['peak']:.0%}")
+        row(
+            dtype,
+            label,
+            f"{seconds:.3g}",
+            f"{statistics.median(trl['seconds']) / seconds:.2f}×",
+            f"{peak / 1e9:.2f} GB",
+            f"{peak / trl['peak']:.0%}",
+        )
 
 
 def growth(args: argparse.Namespace, dtype: str) -> None:
@@ -157,8 +168,13 @@ def growth(args: argparse.Namespace, dtype: str) -> None:
     for key in ("prompts", "group", "new_tokens"):
         results = [once, *(run("ours", args, dtype=dtype, **{key: getattr(args, key) * k}) for k in (2, 4))]
         first, *more = (statistics.median(result["seconds"]) for result in results)
-        row(dtype, f"{key} {getattr(args, key)}", f"{first:.3g}", *(f"{seconds / first:.2f}" for seconds in more),
-            *(f"{results[i]['peak'] / 1e9:.2f} GB" for i in (0, 2)))
+        row(
+            dtype,
+            f"{key} {getattr(args, key)}",
+            f"{first:.3g}",
+            *(f"{seconds / first:.2f}" for seconds in more),
+            *(f"{results[i]['peak'] / 1e9:.2f} GB" for i in (0, 2)),
+        )
 
 
 def processor() -> str:
@@ -171,7 +187,9 @@ def processor() -> str:
 
 
 def main() -> None:
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cli.add_argument("model", help="'tiny', a directory, or a hub name")
     cli.add_argument("data", nargs="?", default="", help="JSONL file with question and answer; not for tiny")
     for flag, text in (("prompts", "P"), ("group", "G"), ("new-tokens", "longest completion")):
@@ -181,7 +199,7 @@ def main() -> None:
     cli.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
     cli.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both", help="tiny: always float32")
     cli.add_argument("--growth", action="store_true", help="measure how our cost grows, instead of the comparison")
-    cli.add_argument("--side", choices=[*LABELS, "tiny"], help=argparse.SUPPRESS)
+    cli.add_argument("--side", choices=[*LABELS], help=argparse.SUPPRESS)
     args = cli.parse_args()
     if (args.model == "tiny") == bool(args.data) and not args.side:
         cli.error("a model comes with a JSONL file of problems, and tiny without one")
@@ -191,13 +209,18 @@ def main() -> None:
         return child(args)
     usual = (16, 16, 6) if args.model == "tiny" else (8, 8, 64)
     args.prompts, args.group, args.new_tokens = (
-        given or default for given, default in zip((args.prompts, args.group, args.new_tokens), usual, strict=True))
+        given or default for given, default in zip((args.prompts, args.group, args.new_tokens), usual, strict=True)
+    )
     dtypes = ["bfloat16", "float32"] if args.dtype == "both" else [args.dtype]
-    print(f"{args.model}, {args.prompts} prompts × {args.group} completions of at most {args.new_tokens} tokens; "
-          f"{processor()}, {args.threads} threads; Python {platform.python_version()}, "
-          + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")) + "\n")
+    print(
+        f"{args.model}, {args.prompts} prompts × {args.group} completions of at most {args.new_tokens} tokens; "
+        f"{processor()}, {args.threads} threads; Python {platform.python_version()}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+        + "\n"
+    )
     if args.model == "tiny":
-        args.model, dtypes = run("tiny", args), ["float32"]
+        assets = Path(__file__).resolve().parent.parent / "assets" / "arith"
+        args.model, args.data, dtypes = str(assets / "model"), str(assets / "train.jsonl"), ["float32"]
     if args.growth:
         growth(args, dtypes[0])
         return
