@@ -308,8 +308,8 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
     differ = [name for name in names if any(run.config.get(name) != runs[0].config.get(name) for run in runs)]
     rows = []
     for run in runs:
-        names = differ or ["task"] + ["model"] * bool(run.config.get("model"))
-        title = ", ".join(f"{name} {run.config.get(name)!r}" for name in names)
+        known = differ or ["task"] + ["model"] * bool(run.config.get("model"))
+        title = ", ".join(f"{name} {run.config.get(name)!r}" for name in known)
         identity = [run.config["norm"], str(run.config.get("lr")), run.config["seed"]]
         rows.append([title, *identity, run.end, run.log["rate"].mean(), run])
     return pd.DataFrame(rows, columns=["title", "norm", "lr", "seed", "end", "rate", "run"])

@@ -6,7 +6,6 @@
     python grpo.py --task gsm8k             # a hub model and data set; --model DIR --data FILE.jsonl: your own
     python grpo.py --norm std --resume      # goes on where an interrupted run stopped
     torchrun --nproc_per_node 2 grpo.py     # the same run, its prompts shared out to two processes
-    python grpo.py --help                   # every setting
 
 A step: P prompts, G sampled completions each, rewards r [P, G], advantages A = (r - group mean) * scale, one ascent
 step on the policy gradient. `--norm` chooses the scale and nothing else:
@@ -19,13 +18,12 @@ step on the policy gradient. `--norm` chooses the scale and nothing else:
 On the way it measures what Ge et al. (arXiv 2601.23135) explain the division by: the prompts' gradients, how orthogonal
 they are, and the curvature along them. Where conventions differ, this file takes: population standard deviation (TRL,
 verl, OpenRLHF: sample form), eps 1e-6; `--agg sequence`, the sum over a completion's tokens over the constant P*G, the
-gradient of the expected reward (GRPO as published: `mean` over each sequence's tokens; DAPO: `token`, mean over the
-batch's; Dr. GRPO: `--norm none --agg sequence` up to a constant). Where are the ratio and the clip? On-policy with one
-update a batch the ratio is 1: they act with `--epochs` > 1. No KL term unless `--kl` > 0.
+gradient of the expected reward (GRPO as published: `mean` over each sequence's tokens; DAPO: `token`, over the batch's;
+Dr. GRPO: `--norm none --agg sequence` up to a constant). Where are the ratio and the clip? On-policy with one update a
+batch the ratio is 1: they act with `--epochs` > 1. No KL term unless `--kl` > 0.
 
-The file reads top to bottom: settings, mathematics, model, rollout, gradient, measurement, `train`. What follows can be
-skipped. The functions under "Mathematics" need torch and their arguments alone (group_advantages: advantage_scale
-besides): copy them.
+The file reads top to bottom, and what follows `train` can be skipped. The functions under "Mathematics" need torch and
+their arguments alone (group_advantages: advantage_scale besides): copy them.
 """
 
 import inspect
@@ -41,7 +39,6 @@ from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -59,11 +56,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.utils import logging as transformers_logging
 
-Reward = Callable[[str, str], float]  # (completion, answer) -> reward
-
 
 class RunError(RuntimeError):
-    """A run that cannot go on: one line, exit status `status`, the last checkpoint whole."""
+    """A run that cannot go on: one line, exit status 1 or as given, the last checkpoint whole."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(" ".join(message.split()))
@@ -72,9 +67,6 @@ class RunError(RuntimeError):
 
 class InputError(RunError):
     """What the user gave cannot be used: one line, exit status 2, no run begun or changed."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, status=2)
 
 
 # ---------------------------- Settings: a field each; the command line is made from them ----------------------------
@@ -125,6 +117,8 @@ class Config:
                 raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed)}")
             if isinstance(value, (int, float)) and not (low := least.get(name, 0)) <= value < math.inf:
                 raise InputError(f"{name} is {value}, not a number from {low} on")
+        if max(self.geometry_every, self.probe_every) > 0 and (self.agg == "mean" or self.kl):
+            raise InputError("with agg mean or kl the loss's gradient is not the policy gradient: nothing to measure")
         task = TASKS[self.task]
         self.instruction = self.instruction or task.instruction
         if "{question}" not in self.instruction:
@@ -145,7 +139,7 @@ class Config:
 # ------------------ Mathematics: pure functions of torch and their arguments, to be copied freely -------------------
 
 
-def advantage_scale(rewards: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
+def advantage_scale(rewards, norm, eps=1e-6):
     """What each prompt's centred rewards are multiplied by, see above. rewards: [P, G] -> [P, 1].
     0 for a group of equal rewards under every norm: there rounding alone would be divided by eps."""
     std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
@@ -158,21 +152,21 @@ def advantage_scale(rewards: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
     return torch.where(rewards.amax(dim=1, keepdim=True) > rewards.amin(dim=1, keepdim=True), scale, 0.0)
 
 
-def group_advantages(rewards: Tensor, norm: str, eps: float = 1e-6) -> Tensor:
+def group_advantages(rewards, norm, eps=1e-6):
     """Advantages relative to the own group, (r - group mean) * scale (arXiv 2402.03300, 4.1.2); calls advantage_scale.
     rewards: [P, G], G completions for each of P prompts -> [P, G]."""
     return (rewards - rewards.mean(dim=1, keepdim=True)) * advantage_scale(rewards, norm, eps)
 
 
-def token_weights(lengths: Tensor, agg: str) -> Tensor:
+def token_weights(lengths, agg):
     """What each token's term counts in the batch loss; fixed for the whole batch, so no split of it matters.
     lengths: [P, G] tokens of each completion. agg: "sequence" 1/(P*G) (the policy gradient of the whole completion),
     "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv 2503.14476). Returns [P, G]."""
-    count: Any = {"sequence": lengths.numel(), "mean": lengths.numel() * lengths, "token": lengths.sum()}[agg]
+    count = {"sequence": lengths.numel(), "mean": lengths.numel() * lengths, "token": lengths.sum()}[agg]
     return torch.ones_like(lengths, dtype=torch.float32) / count
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip: float) -> Tensor:
+def policy_loss(logprobs, old_logprobs, advantages, weights, clip):
     """Clipped policy-gradient loss, -sum of weights * min(ratio * A, clip(ratio) * A) (PPO, arXiv 1707.06347, eq. 7).
     Log-probabilities in nats; all of one shape, or broadcast to it, an entry a token. Where old_logprobs =
     logprobs.detach() the ratio is 1 and the gradient is REINFORCE's, -sum of weights * A * grad logprobs."""
@@ -181,7 +175,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weig
     return -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
 
 
-def k3_divergence(logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+def k3_divergence(logprobs, old_logprobs, reference_logprobs):
     """Estimate per token, in nats, of KL(policy || reference): ratio * (exp(d) - d - 1) >= 0, d = reference - policy.
     Equal shapes. k3 (Schulman, "Approximating KL Divergence", 2020) times the ratio policy / old, neither detached nor
     clipped: without it the gradient would be that of KL(reference || policy) (arXiv 2505.17508)."""
@@ -189,34 +183,31 @@ def k3_divergence(logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Te
     return (logprobs - old_logprobs).exp() * (torch.expm1(difference) - difference)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def token_logprobs(logits, tokens, temperature):
     """Log-probabilities in nats, float32 at least, of tokens [N] under softmax(logits [N, V] / temperature) -> [N]."""
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True).div_(temperature)
     return scaled.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def sample_tokens(logits, uniforms, temperature):
     """Draw one token a row from softmax(logits / temperature), and nothing else: no top-k, no top-p, no penalty.
     logits: [N, V]; uniforms: [N] in [0, 1), a token each; temperature 0 takes the most likely token. Returns tokens,
     their log-probabilities and the distributions' entropies, [N] each, in nats (at temperature 0 those of 1)."""
     scaled = logits.to(torch.float32, copy=True).div_(temperature or 1.0)  # [N, V]
     logprobs = scaled.log_softmax(dim=-1).clamp_(min=torch.finfo(torch.float32).min)  # so that 0 * log 0 is 0
     probs = torch.exp(logprobs, out=scaled)
-    if temperature == 0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        cumulative = probs.cumsum(dim=-1)
-        # Rounding leaves the last cumulative value a little off 1: the target is a share of that value instead.
-        target = uniforms[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    cumulative = probs.cumsum(dim=-1)
+    # Rounding leaves the last cumulative value a little off 1: the target is a share of that value instead.
+    target = uniforms[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = tokens if temperature else logits.argmax(dim=-1)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0], -torch.linalg.vecdot(probs, logprobs)
 
 
-def count_sketch(tensors: Sequence[Tensor], size: int, seed: int) -> Tensor:
+def count_sketch(tensors, size, seed):
     """Random projection [size] of the tensors, taken as one long vector, that preserves inner products.
     Every coordinate gets a random sign and is added to one of `size` sums (Charikar, Chen, Farach-Colton 2002). Of two
-    vectors with one seed, the sketches' inner product is unbiased, its deviation about |a| |b| / sqrt(size). Float32.
-    """
+    vectors with one seed the sketches' inner product is unbiased, its deviation about |a| |b| / sqrt(size)."""
     device = tensors[0].device
     generator, sums = torch.Generator(device).manual_seed(seed), torch.zeros(size, device=device)
     for tensor in tensors:
@@ -229,17 +220,15 @@ def count_sketch(tensors: Sequence[Tensor], size: int, seed: int) -> Tensor:
     return sums
 
 
-def gradient_geometry(gram: Tensor, half_products: Tensor, group: int) -> dict[str, float]:
+def gradient_geometry(gram, half_products, group):
     """How the gradients of P prompts lie to each other, as sampled and with the sampling noise taken out.
     gram: [P, P] inner products of their gradients, from leave-one-out advantages, zeros where all rewards are equal.
     half_products: [P], of the gradients of the two halves of a prompt's group of `group` completions, means over their
     half. Of pairs of gradients: the cosine's mean, deviation, shares above 0 and below 0.1 in size, mean size.
     interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict. signal_share: the part of
     sum |g|^2 that is not noise; cos_signal: mean inner product of two prompts over the mean squared norm, unbiased,
-    as E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2 for on-policy samples. NaN what two gradients, or a signal, are missing for.
-    """
-    P, squares = len(gram), gram.diagonal()
-    present = squares > 0
+    as E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2 on-policy. NaN for what lacks two gradients, or a signal."""
+    P, squares, present = len(gram), gram.diagonal(), gram.diagonal() > 0
     count, norms = int(present.sum()), squares[present].sqrt()
     cosines = gram[present][:, present] / (norms[:, None] * norms)
     cosines = cosines[torch.ones_like(cosines).triu(1) > 0]  # [pairs]; the mean of none is NaN
@@ -258,16 +247,13 @@ def gradient_geometry(gram: Tensor, half_products: Tensor, group: int) -> dict[s
     return {"n_gradients": count, **{name: float(value) for name, value in values.items()}}
 
 
-def directional_curvature(
-    sequence_logprobs: Callable, parameters: dict, direction: dict, advantages: Tensor, slope: float
-) -> float:
+def directional_curvature(sequence_logprobs, parameters, direction, advantages, slope):
     """Curvature v'Hv of the sequence-level surrogate mean(A * pi_new(y) / pi(y)) along v, by forward passes alone.
     sequence_logprobs: from parameters (a dict of float32 tensors) to the log-probabilities [n] of n sampled sequences,
-    in nats. direction: tensors of the same names, v = direction / |direction|. advantages: [n]. slope: a guess of how
-    fast the log-probabilities change along v. Returns reward / parameter^2, the second difference over a step that
-    changes them by 0.03 to 0.1 (root mean square, within a factor of 2): at the sampling policy the sample Hessian of
-    the expected reward, which a token-level ratio's is not. NaN for a direction of length 0, and where no such step is
-    found or rounding could reach some percent of the result's usual size."""
+    in nats. direction: of the same names, v = direction / |direction|. advantages: [n]. slope: a guess of how fast the
+    log-probabilities change along v. Returns reward / parameter^2, the second difference over a step that changes them
+    by 0.03 to 0.1 (root mean square, within a factor of 2): at the sampling policy the sample Hessian of the expected
+    reward, which a token-level ratio's is not. NaN where no such step is found, or rounding would blur the result."""
     # In float64: torch's float32 norm of 10^8 numbers is off by a percent on a CPU.
     norm = float(sum(torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in direction.values())) ** 0.5
     if not 0 < norm < float("inf"):
@@ -275,7 +261,7 @@ def directional_curvature(
     if not advantages.any():
         return 0.0
 
-    def change(step: float) -> Tensor:
+    def change(step):
         """Of the log-probabilities [n], by a step of this length along v."""
         return sequence_logprobs({k: p.float() + direction[k].float() * (step / norm) for k, p in parameters.items()})
 
@@ -312,17 +298,15 @@ class Policy:
 
     def publish(self) -> None:
         """Copy the masters into the working weights, so that rollout and training see the same policy."""
-        with torch.no_grad():
-            for master, parameter in zip(self.masters.values(), self.parameters):
-                if master is not parameter:
-                    parameter.copy_(master)
+        for master, parameter in zip(self.masters.values(), self.parameters):
+            if master is not parameter:
+                parameter.data.copy_(master)
 
 
 def load_policy(config: Config):
     """The start policy. Raises InputError for a model that cannot be loaded or names no end token."""
     path = config.model or TASKS[config.task].model
     try:
-        # Never code from the model's directory: without the argument transformers would ask, and wait for an answer.
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=config.dtype, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if config.device == "cpu" and model.config._attn_implementation == "sdpa":
@@ -372,9 +356,8 @@ ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
 
 def prompt_rows(step: int, config: Config, problems: int):
     """The step's P rows: the problems in a seeded order, a new order each time they are used up."""
-    order = cache(lambda epoch: np.random.default_rng((config.seed, ORDER, epoch)).permutation(problems))
-    slots = range(step * config.prompts, (step + 1) * config.prompts)
-    return [int(order(slot // problems)[slot % problems]) for slot in slots]
+    slots = (divmod(slot, problems) for slot in range(step * config.prompts, (step + 1) * config.prompts))
+    return [int(np.random.default_rng((config.seed, ORDER, epoch)).permutation(problems)[i]) for epoch, i in slots]
 
 
 def draw(config: Config, purpose: int, step: int, rows: Sequence[int], group: int):
@@ -404,8 +387,7 @@ class Group:
 @torch.no_grad()
 def rollout(policy: Policy, prompts: list, uniforms: Tensor, temperature: float) -> list[Group]:
     """Sample G completions of at most T tokens for each of P prompts (token lists); temperature 0 is greedy.
-    uniforms: [P, G, T] in [0, 1), one a token. Every prompt is encoded once, then its cache is repeated; rows that have
-    ended leave the batch."""
+    uniforms: [P, G, T] in [0, 1). Every prompt is encoded once, its cache repeated; rows that ended leave the batch."""
     model, device = policy.model, policy.model.device
     P, G, T = uniforms.shape
     uniforms, ends = uniforms.view(P * G, T).to(device), torch.tensor(policy.eos_ids, device=device)
@@ -416,11 +398,11 @@ def rollout(policy: Policy, prompts: list, uniforms: Tensor, temperature: float)
     position = (mask.cumsum(1) - 1).clamp(min=0)  # of left-padded rows, which absolute ones depend on
     cache = DynamicCache()  # given: a sliding-window model's own keeps too few keys
     options: dict = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
-    output = model(ids, attention_mask=mask, position_ids=position, output_hidden_states=True, **options)
-    features = (output.hidden_states[-1].float() * mask[..., None]).sum(1) / sizes[:, None]  # [P, D]
+    output = model(ids, attention_mask=mask, position_ids=position, output_hidden_states=G > 1, **options)
+    hidden = output.hidden_states[-1].float() if G > 1 else mask[..., None]  # large, and of no use in an evaluation
+    features = (hidden * mask[..., None]).sum(1) / sizes[:, None]  # [P, D]
     cache.batch_repeat_interleave(G)
     logits, mask, position = (x.repeat_interleave(G, 0) for x in (output.logits, mask, sizes[:, None]))
-
     tokens = torch.zeros(P * G, T, dtype=torch.long, device=device)
     logprobs, entropy = torch.zeros(2, P * G, T, device=device)
     lengths, ended = torch.zeros_like(mask[:, 0]), torch.zeros(P * G, dtype=torch.bool, device=device)
@@ -444,7 +426,7 @@ def rollout(policy: Policy, prompts: list, uniforms: Tensor, temperature: float)
     return [Group(torch.tensor(prompt), *rest) for prompt, rest in zip(prompts, groups)]
 
 
-def score(policy: Policy, groups: list[Group], problems: list, reward: Reward):
+def score(policy: Policy, groups: list[Group], problems: list, reward: Callable):
     """Give every group the texts of its completions, without special tokens, and their rewards; returns the groups.
     Raises RunError, naming the completion, for a reward that fails or is no finite number."""
     for group, problem in zip(groups, problems):
@@ -467,8 +449,8 @@ def pass_rates(rewards: Tensor):
     return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
 
 
-def evaluate(policy: Policy, problems: list, mine: range, reward: Reward, config: Config):
-    """A sampled and a greedy completion of every problem in this process's share, `mine`, a group each.
+def evaluate(policy: Policy, problems: list, mine: range, reward: Callable, config: Config):
+    """A sampled and a greedy completion, a group each, of every problem in this process's share, `mine`.
     The random numbers are always the same, so that what differs between two evaluations is the policy."""
     found: list = [[], []]
     for start in range(0, len(mine), config.prompts * config.group):  # as many rows at once as in training
@@ -485,9 +467,8 @@ def evaluate(policy: Policy, problems: list, mine: range, reward: Reward, config
 
 def pass_logprobs(forward: Callable, group: Group, rows: list[int], config: Config):
     """Passes of at most config.micro_batch tokens, or one completion: rows, and their log-probabilities [n, T] in nats.
-    forward: the model, or it at other weights. The longest completions come first; T is the length of a pass's longest,
-    log-probabilities beyond the others' are 0. The prompt is encoded once a pass and its cache repeated. Padding stands
-    on the right, where no token of a completion attends to it, so no mask is needed."""
+    forward: the model, or it at other weights. The longest completions come first; T is a pass's longest, beyond the
+    others stands 0. The prompt is encoded once a pass. Padding, on the right, is seen by no completion: no mask."""
     rows, prompt = sorted(rows, key=lambda row: -int(group.lengths[row])), group.prompt.to(config.device)
     while rows:
         n = max(1, config.micro_batch // int(group.lengths[rows[0]]))
@@ -505,9 +486,7 @@ def pass_logprobs(forward: Callable, group: Group, rows: list[int], config: Conf
         yield part, torch.where(inside.to(config.device), logprobs, 0.0)
 
 
-def group_gradient(
-    policy: Policy, group: Group, rows: list[int], config: Config, gradient: Tensor, reference: Any = None
-):
+def group_gradient(policy: Policy, group: Group, rows: list, config: Config, gradient: Tensor, reference: Any = None):
     """Add to `gradient` [D] that of some completions' loss; returns their log-probabilities [G, T], else 0.
     reference: the forward of the KL term's policy, or None."""
     found = torch.zeros_like(group.logprobs)
@@ -518,8 +497,7 @@ def group_gradient(
         advantages, weights = (each[part, None].to(logprobs) for each in (group.advantages, group.weights))
         loss = policy_loss(logprobs, old, advantages, weights, config.clip)
         if reference:
-            with torch.no_grad():
-                ((_, anchor),) = pass_logprobs(reference, group, part, config)
+            ((_, anchor),) = pass_logprobs(reference, group, part, config)
             loss = loss + config.kl * (weights * k3_divergence(logprobs, old, anchor)).sum()
         parts = torch.autograd.grad(loss, policy.parameters, materialize_grads=True)
         for total, new in zip(gradient.split(policy.sizes), parts):
@@ -547,7 +525,7 @@ def measured_gradient(policy: Policy, group: Group, scale: Tensor, config: Confi
     [2, D], whole or sketched, and the columns of prompts.jsonl for probe steps."""
     G, rewards, square = len(group.rewards), group.rewards, lambda v: float(vector_norm(v, dtype=torch.float64)) ** 2
     uphill = replace(group, advantages=(rewards - rewards.mean()) * G / (G - 1))
-    logprobs, vectors, scores = torch.zeros_like(group.logprobs), [], torch.zeros_like(gradient)
+    logprobs, vectors, scores = torch.zeros_like(group.logprobs), [], torch.zeros_like(gradient) if probe else gradient
     found: dict = {"curvature": [], "reward_std_half": [], "pass_rate_half": [], "fisher_half": []}
     halves = [list(range((G + 1) // 2)), list(range((G + 1) // 2, G))]
     for rows, others in (halves, halves[::-1]):
@@ -565,18 +543,17 @@ def measured_gradient(policy: Policy, group: Group, scale: Tensor, config: Confi
             group_gradient(policy, replace(uphill, advantages=torch.ones(G)), rows, config, own)
             found["fisher_half"].append(len(rows) * square(own))
             scores.add_(own, alpha=len(rows) / G)
-    found = found | {"fisher": G * square(scores)} if probe else {}
-    return logprobs, found | {"vectors": torch.stack(vectors)}
+    return logprobs, (found | {"fisher": G * square(scores)} if probe else {}) | {"vectors": torch.stack(vectors)}
 
 
-def probe_curvature(policy: Policy, group: Group, rows: list[int], others: list[int], gradient: Tensor, config: Config):
+def probe_curvature(policy: Policy, group: Group, rows: list, others: list, gradient: Tensor, config: Config):
     """Curvature of the prompt's expected reward along the gradient of one half's rows, on the other half's samples.
-    The other half has its own leave-one-out baseline, so that next to nothing of the direction's noise is in it. NaN
-    where it has a single completion, and where the direction's half was rewarded alike: then only the other half's
-    rewards make it a direction at all. All weights in float32: a second difference drowns in bfloat16."""
+    The other half has its own leave-one-out baseline: next to nothing of the direction's noise is in it. NaN if it is a
+    single completion, or the direction's half was rewarded alike: its gradient then is of the others' rewards alone."""
     n, rewards = len(others), group.rewards[others]
     if n < 2 or group.rewards[rows].max() == group.rewards[rows].min():
         return math.nan
+    # All weights in float32: a second difference drowns in bfloat16.
     frozen = {name: p.float() for name, p in policy.model.named_parameters() if name not in policy.masters}
 
     def sequence_logprobs(parameters: dict) -> Tensor:
@@ -621,14 +598,11 @@ def stack(groups: list[Group], name: str):
 # ---------------------------------- train: the algorithm, in the order it happens -----------------------------------
 
 
-def train(
-    config: Config, dataset: Dataset | None = None, reward: Reward | None = None, stop: Sequence[int] = ()
-) -> dict[str, float]:
+def train(config: Config, dataset: Dataset | None = None, reward: Callable | None = None, stop: Sequence[int] = ()):
     """Run a training from start policy to saved model; everything it leaves lies in config.out.
     dataset: problems with columns question and answer instead of the task's own; reward(completion, answer) -> float
     instead of the task's; stop: once a signal's number is in it, the run ends between two steps. Returns the last
-    evaluation. Raises InputError for what cannot be used, before a run is begun or changed, RunError where it cannot go
-    on or was stopped."""
+    evaluation. Raises InputError before a run is begun or changed, RunError where it cannot go on or was stopped."""
     out, P, G, reward = Path(config.out), config.prompts, config.group, reward or TASKS[config.task].reward
     if not config.resume and ((out / CHECKPOINT).exists() or (out / LOGS[0]).exists()):
         raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR to start a new one")
@@ -636,7 +610,6 @@ def train(
     rank, size = join_processes(config)
     policy = load_policy(config)
     problems, held_out = (encode_problems(rows, policy, config) for rows in splits)
-    # This process's P' of a step's prompts, and its share of the held-out problems.
     mine, mine_held_out = (range(rank * n // size, (rank + 1) * n // size) for n in (P, len(held_out)))
     # A pass holds its logits and their gradient: a CPU has no use for large ones, a GPU room for some gigabytes.
     most = (1 << (28 if "cuda" in config.device else 25)) // policy.model.config.vocab_size
@@ -645,34 +618,38 @@ def train(
     masters, trained, limit = list(policy.masters.values()), sum(policy.sizes), config.max_grad_norm or math.inf
     # The KL term's policy is the present one: a second copy of what is trained, and of no more.
     first = {name: p.detach().clone() for name, p in zip(policy.masters, policy.parameters) if config.kl}
-    reference = with_weights(policy.model, first) if first else None
+    reference = torch.no_grad()(with_weights(policy.model, first)) if first else None
     optimizer = make_optimizer(masters, config)
-    measurable = config.agg != "mean" and not config.kl  # else the loss's gradient is not the policy gradient
+    measurable = config.agg != "mean" and not config.kl
     asked = zip((config.geometry_every, config.probe_every), (1, 10) if trained <= SMALL else (25, 25))
     every = [measurable * (usual if given < 0 else given) for given, usual in asked]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error}") from error
     gather([])  # all have seen what is in --out before the first process writes there
-    start, skipped = load_checkpoint(config, policy, optimizer, rank) if config.resume else (0, 0)
+    start, failed = load_checkpoint(config, policy, optimizer, rank) if config.resume else 0, 0
     if rank == 0:
-        save_checkpoint(config, policy, optimizer, start, skipped)
+        save_checkpoint(config, policy, optimizer, start)
         print(f"{config.task}, {len(problems):,} problems; {trained:,} parameters; norm {config.norm}")
 
     for step in range(start, config.steps + 1):
         number = max(gather(list(stop)), default=0)  # together: all processes have taken the same steps
         if rank == 0 and step > start and (number or step == config.steps or step % config.save_every == 0):
-            save_checkpoint(config, policy, optimizer, step, skipped)
+            save_checkpoint(config, policy, optimizer, step)
         if number:
-            saved = f"a checkpoint is in {out}; the same command with --resume goes on from there"
-            raise RunError(f"{signal.Signals(number).name}: {saved}", 128 + number)
+            raise RunError(
+                f"{signal.Signals(number).name}: the same command with --resume goes on from there", 128 + number
+            )
         evaluation: dict = {}
-        samples: list = []
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
             both = [gather(groups) for groups in evaluate(policy, held_out, mine_held_out, reward, config)]
             values = torch.stack([stack(groups, "rewards")[:, 0] for groups in both])  # [2, held out]
-            evaluation = dict(zip(("eval_pass_rate", "eval_greedy"), pass_rates(values).tolist()))
-            evaluation |= dict(zip(("eval_reward", "eval_greedy_reward"), values.mean(dim=1).tolist()))
-            names = ("step", "question", "completion", "answer", "reward")
-            rows = [(step, x.question, y.texts[0], x.answer, y.rewards[0]) for x, y in zip(held_out[:4], both[0])]
-            samples = [dict(zip(names, row)) for row in rows]
+            names = ("eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward")
+            evaluation = dict(zip(names, torch.cat([pass_rates(values), values.mean(dim=1)]).tolist()))
+            for problem, group in zip(held_out[:4] if rank == 0 else [], both[0]):
+                sample = {"step": step, "question": problem.question, "completion": group.texts[0]}
+                append(out / LOGS[2], [sample | {"answer": problem.answer, "reward": group.rewards[0]}])
         if step == config.steps:
             break
         began = time.perf_counter()
@@ -693,8 +670,7 @@ def train(
         scale = advantage_scale(rewards, config.norm)[:, 0]  # [P]
         weights = token_weights(lengths, config.agg)  # [P, G]
 
-        # Gradient, a prompt at a time, and optimizer step. A prompt whose completions were all rewarded alike has no
-        # gradient and costs nothing, unless there is a KL term.
+        # Gradient, a prompt at a time. One whose completions were all rewarded alike has none, unless there is KL.
         geometry, probe = (e > 0 and step % e == 0 for e in every)
         measured, norms, gaps = [], [], []
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
@@ -725,7 +701,6 @@ def train(
 
         # Log: a line speaks of the policy before this step's update.
         std, rates = rewards.std(dim=1, correction=0), pass_rates(rewards)  # [P]
-        # fmt: off
         line = {
             "step": step, "reward": rewards.mean(), "pass_rate": rates.mean(), "reward_std": std.mean(),
             "frac_all_right": (rates == 1).double().mean(),
@@ -734,35 +709,32 @@ def train(
             "truncated": stack(groups, "truncated").double().mean(),
             "grad_norm": sum(norms) / len(norms), "clipped": any(norm > limit for norm in norms),
             "skipped": sum(not math.isfinite(norm) for norm in norms),
-            "logprob_gap": max(gather(gaps), default=math.nan), "lr": optimizer.param_groups[0]["lr"],
+            "logprob_gap": torch.tensor(gather(gaps) or [math.nan]).max(), "lr": optimizer.param_groups[0]["lr"],
             "seconds_rollout": sampled - began, "seconds_update": updated - sampled,
             "tokens_per_second": lengths.sum() / (updated - began),
-        }
-        # fmt: on
+        }  # fmt: skip
         columns = {"step": [step] * P, "prompt": ids, "pass_rate": rates, "reward_std": std, "scale": scale}
         if geometry or probe:
             more, more_columns = describe_measured(groups, scale, gather(measured), geometry)
             line, columns = line | more, columns | more_columns
         if rank == 0:
-            append(out / "samples.jsonl", samples)
-            append(out / "metrics.jsonl", [line | evaluation])
-            append(out / "prompts.jsonl", [dict(zip(columns, row)) for row in zip(*columns.values())])
+            append(out / LOGS[0], [line | evaluation])
+            append(out / LOGS[1], [dict(zip(columns, row)) for row in zip(*columns.values())])
             if evaluation or step % 10 == 0 or updated - began > 1:
                 held = f"  held out {evaluation['eval_reward']:.3f}" if evaluation else ""
                 text = f"reward {line['reward']:.3f}  σ {line['reward_std']:.3f}  cut off {line['truncated']:.0%}"
                 print(f"step {step:>5}/{config.steps}  {text}{held}", flush=True)
-        skipped = skipped + 1 if line["skipped"] else 0
-        if skipped == 5:
+        failed = failed + 1 if line["skipped"] == config.epochs else 0
+        if failed == 5:
             raise RunError(f"no finite gradient in 5 steps in a row, up to {step}; the last checkpoint is whole")
 
     if rank == 0:
-        append(out / "samples.jsonl", samples)
-        append(out / "metrics.jsonl", [{"step": step} | evaluation])
+        append(out / LOGS[0], [{"step": step} | evaluation])
         model = policy.model.merge_and_unload() if config.lora else policy.model
         model.save_pretrained(out / "model")
         policy.tokenizer.save_pretrained(out / "model")
         print(f"held out {evaluation['eval_reward']:.3f}, greedy {evaluation['eval_greedy_reward']:.3f}; all in {out}")
-        print(f"next: the same command with another --norm, then python analyze.py {out.parent}/*")
+        print("next: the same with another --norm (and --out, if given), then python analyze.py of both directories")
     if size > 1:
         dist.destroy_process_group()
     return evaluation
@@ -772,11 +744,9 @@ def train(
 
 MAX_SPAN = 300  # characters of an answer: a longer one is none, and slow to parse
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-# A number with currency, percent sign, stars, and words after it.
-NUMBER = re.compile(rf"[\s$€£*]*([-+]?)[\s$€£]*({DIGITS})[\s%*.]*(?:\s[A-Za-z/ ]+)?")
-# Towers of powers, factorials, long numbers and deep brackets are legal LaTeX and take for ever, or memory that the
-# parser never gives back: an answer has none.
-BOMB = re.compile(r"!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}")
+NUMBER = re.compile(rf"[\s$€£*]*([-+]?)[\s$€£]*({DIGITS})[\s%*.]*(?:\s[A-Za-z/ ]+)?")  # and currency, words
+# Legal LaTeX that takes for ever, or memory that the parser never gives back: an answer has none of it.
+BOMB = re.compile(r"(?<!\\)!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}")
 
 
 def marked_answer(text: str):
@@ -843,27 +813,28 @@ OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.
 
 def load_rows(source: str, graded: bool, raw: Dataset | None = None):
     """Question and final answer of every row of a JSONL file, a hub data set PATH:NAME:SPLIT, or `raw`, thus named.
-    Raises InputError for what cannot be loaded, no question or answer in a column or row (numbered from 1), and, where
-    `grade` will read it, an answer that cannot be graded."""
+    Raises InputError for what cannot be loaded, or for a row (from 1) without a question and an answer to grade."""
     try:
         if raw is None:
             path, *hub = [source] if Path(source).is_file() else source.split(":")
             raw = load_dataset(path, hub[0], split=hub[1]) if hub else Dataset.from_json(path)
-        question, answer = (next(n for n in names if n in raw.column_names) for names in COLUMNS)
     except Exception as error:  # what datasets raises has no common class
-        raise InputError(f"cannot load {source}: {str(error) or f'no columns {COLUMNS}'} {OFFLINE}") from error
+        raise InputError(f"cannot load {source}: {error} {OFFLINE}") from error
+    question, answer = ([n for n in names if n in raw.column_names] for names in COLUMNS)
+    if not question or not answer or not len(raw):
+        raise InputError(f"{source}: no rows, or no column of each of {COLUMNS} in {raw.column_names}")
     rows = []
     for number, row in enumerate(raw, 1):
-        text = "" if row[answer] is None or not str(row[question] or "").strip() else str(row[answer]).strip()
-        marked = marked_answer(text)
-        final = text if marked is None else marked
-        if not text or graded and not grade(f"\\boxed{{{final}}}", final):
-            raise InputError(f"{source}, row {number}: no {question}, or no {answer} to grade: {text[-60:]!r}")
-        rows.append((row[question], final))
+        asked, text = row[question[0]], "" if row[answer[0]] is None else str(row[answer[0]]).strip()
+        final = marked_answer(text) or ("" if answer[0] == "solution" else text)
+        usable = isinstance(asked, str) and asked.strip() and final
+        if not usable or graded and not grade(f"\\boxed{{{final}}}", final):
+            raise InputError(f"{source}, row {number}: no {question[0]}, or no {answer[0]} to grade: {text[-60:]!r}")
+        rows.append((asked, final))
     return rows
 
 
-def load_problems(config: Config, dataset: Dataset | None, reward: Reward):
+def load_problems(config: Config, dataset: Dataset | None, reward: Callable):
     """Questions and answers to train on and held out: of `dataset`, files, or the task. Raises InputError."""
     task, graded = TASKS[config.task], reward is grade
     train = load_rows(config.data or task.train, graded) if dataset is None else load_rows("dataset", graded, dataset)
@@ -872,9 +843,9 @@ def load_problems(config: Config, dataset: Dataset | None, reward: Reward):
         return train, load_rows(test, graded)[: config.eval_problems]
     if len(train) < 3:
         raise InputError(f"{len(train)} problems are too few to hold any out: pass --eval-data FILE.jsonl")
-    order = np.random.default_rng(0).permutation(len(train)).tolist()
-    count = min(config.eval_problems, len(train) // 3)
-    return [train[i] for i in order[count:]], [train[i] for i in order[:count]]
+    count, order = min(config.eval_problems, len(train) // 3), np.random.default_rng(0).permutation(len(train))
+    train = [train[row] for row in order]
+    return train[count:], train[:count]
 
 
 def encode_problems(rows: list, policy: Policy, config: Config):
@@ -889,9 +860,7 @@ def encode_problems(rows: list, policy: Policy, config: Config):
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for text, prompt in zip(texts, prompts):
         if len(prompt) + config.max_new_tokens > context:
-            raise InputError(
-                f"{len(prompt)} tokens and the new ones exceed the context of {context}: prompt {text[:40]!r}"
-            )
+            raise InputError(f"{len(prompt)} tokens and new ones exceed the context of {context}: {text[:40]!r}")
     return [Problem(question, answer, prompt) for (question, answer), prompt in zip(rows, prompts)]
 
 
@@ -899,13 +868,14 @@ def check_model(policy: Policy, prompt: list[int], config: Config):
     """Raises InputError for a model that rollout and training cannot use, or do not take for one distribution."""
     try:
         (group,) = rollout(policy, [prompt], torch.full((1, 1, min(2, config.max_new_tokens)), 0.5), config.temperature)
-        with torch.no_grad():
-            ((_, logprobs),) = pass_logprobs(policy.model, group, [0], config)
+        ((_, logprobs),) = pass_logprobs(torch.no_grad()(policy.model), group, [0], config)
     except Exception as error:  # whatever another kind of model raises
-        raise InputError(f"model {config.model} cannot be used: {error}") from error
+        raise InputError(f"model {config.model or config.task} cannot be used: {error}") from error
     gap = float((logprobs.cpu() - group.logprobs[:, : logprobs.shape[1]]).abs().max())
     if not gap <= (1e-3 if config.dtype == "float32" else 0.5):  # more than rounding explains, or NaN
-        raise InputError(f"model {config.model} cannot be used: rollout and training differ by {gap:.2g} nats")
+        raise InputError(
+            f"model {config.model or config.task} cannot be used: rollout and training differ by {gap:.2g} nats"
+        )
 
 
 # ---------------------------------- Files of a run, processes, and the command line ----------------------------------
@@ -923,7 +893,7 @@ def append(path: Path, rows: list):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def save_checkpoint(config: Config, policy: Policy, optimizer: Any, step: int, skipped: int):
+def save_checkpoint(config: Config, policy: Policy, optimizer: Any, step: int):
     """One safetensors file with masters, optimizer state and the logs' sizes; replaces the previous one atomically."""
     out, path, tensors = Path(config.out), Path(config.out) / CHECKPOINT, dict[str, Tensor]()
     for name, master in policy.masters.items():
@@ -932,8 +902,7 @@ def save_checkpoint(config: Config, policy: Policy, optimizer: Any, step: int, s
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     logs = [out / name for name in LOGS if (out / name).exists()]
-    sizes = {file.name: file.stat().st_size for file in logs}
-    state = {"step": step, "skipped": skipped, "logs": sizes, "config": asdict(config)}
+    state = {"step": step, "logs": {log.name: log.stat().st_size for log in logs}, "config": asdict(config)}
     try:
         save_file(tensors, temporary, metadata={"state": json.dumps(state)})
         for file in (temporary, *logs):  # all on the disk before the previous one is gone
@@ -946,9 +915,8 @@ def save_checkpoint(config: Config, policy: Policy, optimizer: Any, step: int, s
 
 
 def load_checkpoint(config: Config, policy: Policy, optimizer: Any, rank: int):
-    """Restore weights, optimizer and logs as they were; returns the next step and the updates skipped in a row.
-    Raises InputError, with nothing changed on disk, for a torn file, one of another model or of other settings, one
-    beyond --steps, and one that counts on log lines that are gone."""
+    """Restore weights, optimizer and logs as they were; returns the next step.
+    Raises InputError, with nothing changed on disk, for a torn file, another model or settings, and lost log lines."""
     out, path = Path(config.out), Path(config.out) / CHECKPOINT
     try:
         with safe_open(path, "pt", device=config.device) as file:
@@ -974,7 +942,7 @@ def load_checkpoint(config: Config, policy: Policy, optimizer: Any, rank: int):
     policy.publish()
     for log in (out / name for name in LOGS if rank == 0 and (out / name).exists()):
         os.truncate(log, state["logs"].get(log.name, 0))
-    return state["step"], state["skipped"]
+    return state["step"]
 
 
 def join_processes(config: Config):
@@ -982,11 +950,12 @@ def join_processes(config: Config):
     size, cuda = int(os.environ.get("WORLD_SIZE", 1)), "cuda" in config.device
     if size > config.prompts:
         raise InputError(f"{config.prompts} prompts a step are too few for {size} processes")
-    if size > 1 and cuda:
+    if size == 1:
+        return 0, 1
+    if cuda:
         torch.cuda.set_device(config.device)
-    if size > 1:  # one that is gone ends the others
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return (dist.get_rank(), size) if size > 1 else (0, 1)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    return dist.get_rank(), size
 
 
 def gather(part: list):
@@ -1017,8 +986,10 @@ def main(arguments: Sequence[str] | None = None):
         signal.signal(number, note)
     try:
         train(Config(**vars(parser.parse_args(arguments))), stop=received)
-    except (RunError, OSError, SafetensorError, dist.DistError) as error:
-        status = getattr(error, "status", 1)
+    except Exception as error:
+        if not isinstance(error, (RunError, OSError, SafetensorError)) and not dist.is_initialized():
+            raise
+        status = 2 if isinstance(error, InputError) else getattr(error, "status", 1)
         print(f"grpo.py: {'error' if status == 2 else 'stopped'}: {error}", file=sys.stderr, flush=True)
         return status
     return 0

@@ -4,6 +4,7 @@ Every expected value is worked out by hand, by another library, or by the naive 
 """
 
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -11,1212 +12,244 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
-from dataclasses import fields, replace
-from fractions import Fraction
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from scipy import optimize
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MambaConfig,
-    MixtralConfig,
-    OPTConfig,
-)
+from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 import analyze
 import grpo
-from grpo import Batch, Config, InputError, Policy, RunError
+from grpo import Config, Group, InputError, Policy, RunError
 
 torch.set_num_threads(1)  # for tensors as small as here a second thread only costs
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
+LETTERS = grpo.TASKS["letters"]
+transformers.AttentionInterface.register("grouped", grpo.grouped_attention)
+transformers.AttentionMaskInterface.register("grouped", grpo.eager_mask)
 
-# ------------------------------------------------- models and batches -------------------------------------------------
+# ------------------------------------------------- models and groups -------------------------------------------------
 
-
-def make_model(kind: str, vocabulary: int = 23, dtype: torch.dtype = torch.float32):
-    """A random transformer: absolute positions (gpt2), or rotary ones with shared key-value heads (llama).
-
-    Of the latter kind some scale their logits (granite, cohere), or cap them, and attend to a window (gemma2), or have
-    experts (mixtral). opt keeps its body one level deeper.
-    """
-    torch.manual_seed(0)
-    if kind == "gpt2":
-        config = GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=64,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            bos_token_id=0,
-            eos_token_id=1,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-        model = GPT2LMHeadModel(config)
-    elif kind == "opt":
-        model = AutoModelForCausalLM.from_config(OPTConfig(
-            vocab_size=vocabulary, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0, bos_token_id=0, eos_token_id=1))
-    else:
-        configs = {"llama": LlamaConfig, "granite": GraniteConfig, "cohere": CohereConfig, "gemma2": Gemma2Config,
-                   "mixtral": MixtralConfig}
-        special = {
-            "mixtral": dict(num_local_experts=4),
-            "granite": dict(logits_scaling=3.0, attention_multiplier=0.2),
-            "cohere": dict(logit_scale=0.3),
-            "gemma2": dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4),
-        }
-        config = configs[kind](
-            vocab_size=vocabulary,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=0,
-            **special.get(kind, {}),
-        )
-        model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():  # far from uniform: distributions with a shape, and a visible position
-        parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
-    return model.to(dtype).eval()
-
-
-def make_policy(model, eos_ids=(1,)) -> Policy:
-    masters = dict(model.named_parameters())
-    if model.dtype == torch.bfloat16:
-        masters = {name: p.detach().float() for name, p in masters.items()}
-    for master in masters.values():
-        master.grad = torch.zeros_like(master)
-    return Policy(model, grpo.tiny_model()[1], list(eos_ids), masters)
-
-
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+SIZES |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=0)
+SHARED = SIZES | dict(intermediate_size=64, num_key_value_heads=2)  # two query heads share a key head
+WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
+MODELS = {  # absolute positions; rotary ones; scaled or capped logits; experts; a window shorter than a prompt
+    "gpt2": (transformers.GPT2Config, SIZES),
+    "opt": (transformers.OPTConfig, SIZES | dict(ffn_dim=64, word_embed_proj_dim=32)),
+    "llama": (transformers.LlamaConfig, SHARED),
+    "mixtral": (transformers.MixtralConfig, SHARED | dict(num_local_experts=4)),
+    "granite": (transformers.GraniteConfig, SHARED | dict(logits_scaling=3.0, attention_multiplier=0.2)),
+    "cohere": (transformers.CohereConfig, SHARED | dict(logit_scale=0.3)),
+    "gemma2": (transformers.Gemma2Config, SHARED | WINDOW),
+    "gpt-neo": (transformers.GPTNeoConfig, SIZES | dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4)),
+    "mamba": (transformers.MambaConfig, SIZES),  # no keys and values: cannot be used
+}
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
 
 
-def uniforms(P: int, G: int, T: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(P, G, T, generator=torch.Generator().manual_seed(seed))
+def make_model(kind: str, vocab_size: int = 23, attention: str = ""):
+    """A random transformer, far from uniform: distributions with a shape, and positions that matter."""
+    torch.manual_seed(0)
+    config, sizes = MODELS[kind]
+    model = AutoModelForCausalLM.from_config(config(vocab_size=vocab_size, **sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
+    if attention:
+        model.set_attn_implementation(attention)
+    return model
 
 
-def make_batch(policy: Policy, G: int = 5, norm: str = "std", seed: int = 0) -> Batch:
-    sampled = grpo.rollout(policy, PROMPTS, uniforms(len(PROMPTS), G, 9, seed), 1.0)
-    rewards = (torch.rand(len(PROMPTS), G, generator=torch.Generator().manual_seed(seed)) < 0.5).double()
-    rewards[1] = 1.0  # one group without variance
-    return Batch(list(range(len(PROMPTS))), PROMPTS, sampled, rewards, grpo.group_advantages(rewards, norm))
+def save_model(kind: str, path: Path) -> str:
+    make_model(kind, 98).save_pretrained(path)
+    AutoTokenizer.from_pretrained(LETTERS.model).save_pretrained(path)
+    return str(path)
 
 
-def naive_logprobs(model, prompt: list[int], tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """One full sequence, no cache, no batch, no padding: the log-probability of each completion token."""
-    ids = torch.tensor([prompt + tokens])
-    logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1] / temperature
-    return torch.log_softmax(logits, -1)[range(len(tokens)), tokens]
+def make_policy(model, ends=(1,)) -> Policy:
+    masters = dict(model.named_parameters())
+    parameters = list(masters.values())
+    return Policy(model, None, list(ends), parameters, masters, [p.numel() for p in parameters])
 
 
-def naive_loss(model, batch: Batch, agg: str, temperature: float = 1.0, old=None, clip=0.2, kl=0.0, reference=None):
-    """The batch's loss written out, a completion at a time."""
-    P, G = batch.rewards.shape
-    total = int(batch.sampled.lengths.sum())
-    loss = torch.zeros((), dtype=model.dtype)
-    for p in range(P):
-        for g in range(G):
-            tokens = batch.sampled.tokens[p, g, : batch.sampled.lengths[p, g]].tolist()
-            logprobs = naive_logprobs(model, batch.prompts[p], tokens, temperature)
-            ratio = (logprobs - (logprobs.detach() if old is None else old[p, g])).exp()
-            advantage = batch.advantages[p, g].to(model.dtype)
-            terms = -torch.min(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-            if kl:
-                d = naive_logprobs(reference, batch.prompts[p], tokens, temperature).detach() - logprobs
-                terms = terms + kl * (d.exp() - d - 1)
-            share = {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(tokens)), "token": 1 / total}[agg]
-            loss = loss + share * terms.sum()
+def uniforms(P: int, G: int, T: int) -> torch.Tensor:
+    return torch.rand(P, G, T, generator=torch.Generator().manual_seed(0))
+
+
+def advantages_of(groups: list[Group], norm: str, agg: str) -> list[Group]:
+    advantages = grpo.group_advantages(grpo.stack(groups, "rewards"), norm)
+    weights = grpo.token_weights(grpo.stack(groups, "lengths"), agg)
+    return [replace(x, advantages=a, weights=w) for x, a, w in zip(groups, advantages, weights)]
+
+
+def sample_groups(policy: Policy, agg: str = "sequence") -> list[Group]:
+    """Groups of five completions of PROMPTS with random rewards, one of them without variance."""
+    groups = grpo.rollout(policy, PROMPTS, uniforms(4, 5, 9), 1.0)
+    rewards = (torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    rewards[1] = 1.0
+    return advantages_of([replace(x, rewards=r) for x, r in zip(groups, rewards)], "std", agg)
+
+
+def naive_logprobs(forward, group: Group, temperature: float = 1.0) -> list[torch.Tensor]:
+    """Of each completion's tokens: full sequences, no cache, no batch, no padding."""
+    found, start = [], len(group.prompt)
+    for row, length in zip(group.tokens, group.lengths.tolist()):
+        ids = torch.cat([group.prompt, row[:length]])
+        logits = forward(ids[None], use_cache=False).logits[0, start - 1 : -1] / temperature
+        found.append(torch.log_softmax(logits, -1)[range(length), ids[start:]])
+    return found
+
+
+def naive_loss(now, old, reference, groups: list[Group], agg: str, clip: float = 0.2, kl: float = 0.0):
+    """The batch's loss written out, a completion at a time, from the log-probabilities [P][G] of three policies."""
+    P, G, loss = len(groups), len(groups[0].lengths), 0.0
+    total = sum(int(group.lengths.sum()) for group in groups)
+    for p, g in itertools.product(range(P), range(G)):
+        ratio, A = (now[p][g] - old[p][g].detach()).exp(), float(groups[p].advantages[g])
+        terms = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+        d = reference[p][g].detach() - now[p][g]
+        terms = terms + kl * ratio * (d.exp() - d - 1)
+        loss += {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(d)), "token": 1 / total}[agg] * terms.sum()
     return loss
 
 
-def flat_gradient(parameters) -> torch.Tensor:
-    return torch.cat([p.grad.flatten().clone() for p in parameters])
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def naive_forward(model, theta: dict[str, torch.Tensor]):
+    """The plain model's forward at the trained weights theta, adapters merged into the weights that they adapt."""
+    weights = {name: value for name, value in theta.items() if "lora" not in name}
+    for name in (name for name in theta if "lora_B" in name):
+        target = name.removeprefix("base_model.model.").replace("lora_B.default.", "")
+        change = 2 * theta[name] @ theta[name.replace("lora_B", "lora_A")]  # alpha over rank is 2
+        transposed = isinstance(model.get_submodule(target.removesuffix(".weight")), Conv1D)
+        weights[target] = model.get_parameter(target) + (change.T if transposed else change)
+    return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
+
+
 # ---------------------------------------------------- mathematics -----------------------------------------------------
 
-# Each function from its source alone, with only torch in sight: (name, arguments, value worked out by hand).
-# fmt: off
-BY_HAND = [
-    ("group_advantages", ([[1.0, 0.0, 0.0, 1.0]], "none"), [[0.5, -0.5, -0.5, 0.5]]),
-    ("group_advantages", ([[1.0, 0.0, 0.0, 0.0, 0.0]], "std", 0.0), [[2.0, -0.5, -0.5, -0.5, -0.5]]),
-    ("group_advantages", ([[1.0, 0.0, 0.0, 0.0, 0.0]], "var", 0.0), [[5.0, -1.25, -1.25, -1.25, -1.25]]),
-    # all rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1
-    ("group_advantages", ([[1.0, 0.0], [1.0, 1.0]], "batch", 0.0), [[2 / 3**0.5, -2 / 3**0.5], [0.0, 0.0]]),
-    ("group_advantages", ([[1.0, 0.0, 0.0, 1.0]], "std", 0.5), [[0.5, -0.5, -0.5, 0.5]]),
-    ("token_weights", ([[1, 3], [4, 2]], "sequence"), [[0.25, 0.25], [0.25, 0.25]]),
-    ("token_weights", ([[1, 3], [4, 2]], "mean"), [[1 / 4, 1 / 12], [1 / 16, 1 / 8]]),
-    ("token_weights", ([[1, 3], [4, 2]], "token"), [[0.1, 0.1], [0.1, 0.1]]),
-    # ratios 2 (A=1: clipped to 1.2), 2 (A=-1: not), 1/2 (A=1: not), 1/2 (A=-1: clipped to 0.8); weights 1, 1, 2, 1
-    ("policy_loss", ([math.log(2), math.log(2), -math.log(2), -math.log(2)], [0.0] * 4, [1.0, -1.0, 1.0, -1.0],
-                     [1.0, 1.0, 2.0, 1.0], 0.2), -(1.2 - 2.0 + 2 * 0.5 - 0.8)),
-    ("k3_divergence", ([0.0, math.log(2), -math.log(2)], [0.0] * 3), [0.0, 0.5 - 1 + math.log(2), 1 - math.log(2)]),
-    # logits log(1, 3) and log(1, 1): probabilities 3/4 and 1/2; at temperature 1/2 9/10 and 1/2
-    ("token_logprobs", ([[0.0, math.log(3)], [0.0, 0.0]], [1, 0], 1.0), [math.log(0.75), math.log(0.5)]),
-    ("token_logprobs", ([[0.0, math.log(3)], [0.0, 0.0]], [1, 0], 0.5), [math.log(0.9), math.log(0.5)]),
-    # probabilities 1/4, 3/4: 0.2 falls to the first, 0.3 to the second
-    ("sample_tokens", ([[0.0, math.log(3)]] * 2, [0.2, 0.3], 1.0),
-     ([0, 1], [math.log(0.25), math.log(0.75)], [math.log(4) - 0.75 * math.log(3)] * 2)),
-    ("sample_tokens", ([[0.0, math.log(3)]], [0.0], 0.0), ([1], [math.log(0.75)], [math.log(4) - 0.75 * math.log(3)])),
-]
-# fmt: on
+
+def geometry(f, vectors, signal=1.0):
+    """Of groups of 3, both halves alike: of their inner product a group of 3 leaves 1 / 1.25."""
+    vectors = torch.tensor(vectors, dtype=torch.float64)
+    return list(f(vectors @ vectors.T, 1.25 * signal * vectors.square().sum(1), 3).values())
 
 
-def alone(name: str):
-    """The function made from its source alone, with nothing but torch in sight."""
+def curvature(f, slope=1.0, v=(5.0, 0.0), A=(1.0, 2.0, -0.5), logprobs=None):
+    c, d = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.0, -4.0])  # log pi = c t + d t^2 / 2 along v
+    logprobs = logprobs or (lambda p: c * p["a"][0] + d * p["a"][0] ** 2 / 2 - 1)
+    return f(logprobs, {"a": torch.zeros(2)}, {"a": torch.tensor(v)}, torch.tensor(A), slope)
+
+
+# A call, and its value worked out by hand.
+BY_HAND = """
+advantage_scale(T([[1.0, 0, 0, 0, 0], [1] * 5]), "std", 0.1) -> [[2], [0]]
+group_advantages(T([[1.0, 0, 0, 0, 0]]), "none") -> [[0.8, -0.2, -0.2, -0.2, -0.2]]
+group_advantages(T([[1.0, 0, 0, 0, 0]]), "std", 0.0) -> [[2, -0.5, -0.5, -0.5, -0.5]]
+group_advantages(T([[1.0, 0, 0, 0, 0]]), "var", 0.04) -> [[4, -1, -1, -1, -1]]
+# all rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1
+group_advantages(T([[1.0, 0], [1, 1]]), "batch", 0.0) -> [[2 / 3**0.5, -2 / 3**0.5], [0, 0]]
+# exactly 0, though the deviation of these is 1e-8 by rounding
+group_advantages(T([[0.1] * 12] * 2), "std", 0.0) -> [[0] * 12] * 2
+group_advantages(T([[0.1] * 12] * 2), "batch", 0.0) -> [[0] * 12] * 2
+token_weights(T([[1, 3], [4, 2]]), "sequence") -> [[1 / 4] * 2] * 2
+token_weights(T([[1, 3], [4, 2]]), "mean") -> [[1 / 4, 1 / 12], [1 / 16, 1 / 8]]
+token_weights(T([[1, 3], [4, 2]]), "token") -> [[1 / 10] * 2] * 2
+# ratios 2 (A = 1: clipped to 1.2), 2 (A = -1: not), 1/2 (A = 1: not, twice the weight), 1/2 (A = -1: clipped to 0.8)
+policy_loss(log(T([2, 2, 0.5, 0.5])), T([0.0] * 4), T([1, -1, 1, -1]), T([1, 1, 2, 1]), 0.2) -> 2 + 0.8 - 1.2 - 1
+# ratios 1, 2, 1/2 to what was sampled from; the reference has log-probability 0
+k3_divergence(log(T([1, 2, 0.5])), T([0.0] * 3), T([0.0] * 3)) -> [0, 2 * ln(2) - 1, (1 - ln(2)) / 2]
+# logits 0 and log 3: probabilities 1/4 and 3/4, at temperature 1/2 1/10 and 9/10
+token_logprobs(log(T([[1, 3.0]] * 2)), T([1, 0]), 1.0) -> [ln(0.75), ln(0.25)]
+token_logprobs(log(T([[1, 3.0]] * 2)), T([1, 0]), 0.5) -> [ln(0.9), ln(0.1)]
+sample_tokens(log(T([[1, 3.0]] * 2)), T([0.2, 0.3]), 1.0) -> [0, 1], [ln(0.25), ln(0.75)], [ln(4) - 0.75 * ln(3)] * 2
+sample_tokens(log(T([[1, 3.0]])), T([0.0]), 0.0) -> [1], [ln(0.75)], [ln(4) - 0.75 * ln(3)]
+# the ends of the unit interval, beside tokens that cannot be drawn
+sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0) -> [1, 2], [-ln(2)] * 2, [ln(2)] * 2
+# neighbours never share a sum, so that the two numbers are found again but for their signs
+count_sketch([T([3.0, -4])], 64, 0).abs().sort().values[-3:] -> [0, 3, 4]
+# number; cosines' mean, deviation, shares above 0 and small, size; interference, signal share, corrected cosine
+geometry(gradient_geometry, [[1, 2]] * 3) -> [3, 1, 0, 1, 0, 1, 3, 1, 1]
+geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]]) -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 1/3, 8/14, 1, -3/14]
+geometry(gradient_geometry, [[1, 0], [3, 4], [0, 1]]) -> [3, 7/15, (1/3 - 49/225)**0.5, 2/3, 1/3, 7/15, 41/27, 1, 7/27]
+# a prompt without a gradient; halves that disagree, so no signal; one gradient, so no angle
+geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], 0.5) -> [2, 0.6, 0, 1, 0, 0.6, 52/34, 0.5, 9/17]
+geometry(gradient_geometry, [[1, 0]] * 2, -1.0) -> [2, 1, 0, 1, 0, 1, 2, -1, nan]
+geometry(gradient_geometry, [[1, 1], [0, 0]]) -> [1] + [nan] * 8
+# mean of A (c^2 + d), whatever the first guess of the step
+curvature(directional_curvature, 1e-3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
+curvature(directional_curvature, 1e3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
+curvature(directional_curvature, A=(0.0, 0.0, 0.0)) -> 0
+# no direction; log-probabilities that do not change, are noise, or are too long for float32
+curvature(directional_curvature, v=(0.0, 0.0)) -> nan
+curvature(directional_curvature, v=(0.0, 1.0)) -> nan
+curvature(directional_curvature, logprobs=lambda _: 1e-4 * torch.randn(3) - 500) -> nan
+curvature(directional_curvature, logprobs=lambda p: p["a"].sum().repeat(3) - 1e6) -> nan
+"""
+
+
+@pytest.mark.parametrize("line", [line for line in BY_HAND.strip().splitlines() if line[0] != "#"])
+def test_each_function_alone_gives_the_value_worked_out_by_hand(line):
+    """Made from its source alone, annotations aside, with nothing but torch in sight; but one calls another."""
+    called, expected = line.split(" -> ")
+    name = re.search(r"[a-z0-9]+_[a-z_]+", called)[0]
+    names = ["advantage_scale"] * (name == "group_advantages") + [name]
+    sources = [inspect.getsource(getattr(grpo, name)) for name in names]
     namespace = {"torch": torch}
-    exec(inspect.getsource(getattr(grpo, name)), namespace)
-    return namespace[name]
-
-
-@pytest.mark.parametrize(("name", "arguments", "expected"), BY_HAND)
-def test_each_function_alone_gives_the_value_worked_out_by_hand(name, arguments, expected):
-    found = alone(name)(*[torch.tensor(a) if isinstance(a, list) else a for a in arguments])
-    found, expected = (x if isinstance(found, tuple) else (x,) for x in (found, expected))
-    for value, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(value, torch.tensor(wanted, dtype=value.dtype), rtol=1e-6, atol=1e-6)
-
-
-MEASURES_BY_HAND = {  # the functions of the measurements, likewise alone: found and expected
-    # halves' products 1.25 times the squared norms 4 and 9, the factor of a group of 3: all is signal
-    "gradient_geometry": lambda f: (
-        f(torch.diag(torch.tensor([4.0, 9.0])), torch.tensor([5.0, 11.25]), 3)["signal_share"], 1.0),
-    "predicted_gain": lambda f: (f(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 0.25])), 0.5 * (2 + 4) / 2),
-    "rank_correlation": lambda f: (f(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([9.0, 5.0, 4.0])), -1.0),
-    # neighbours never share a sum, so that the two numbers are found again but for their signs
-    "count_sketch": lambda f: (
-        f([torch.tensor([3.0, -4.0])], 64, 0).abs().sort().values[-3:].tolist(), [0.0, 3.0, 4.0]),
-    # log pi = (t, -2t): mean of A * slope^2 for A = 1, 2
-    "directional_curvature": lambda f: (
-        f(lambda p: torch.tensor([1.0, -2.0]) * p["a"], {"a": torch.zeros(1)}, {"a": torch.ones(1)},
-          torch.tensor([1.0, 2.0]), 1.0), (1 + 8) / 2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", MEASURES_BY_HAND)
-def test_each_measure_alone_gives_the_value_worked_out_by_hand(name):
-    found, expected = MEASURES_BY_HAND[name](alone(name))
-    assert found == pytest.approx(expected, rel=0.01 if name == "directional_curvature" else 1e-6)
-
-
-def test_every_function_of_the_mathematics_is_tested_alone():
-    section = re.split(r"^# -+ ", inspect.getsource(grpo), flags=re.M)[2]
-    assert section.startswith("Mathematics")
-    assert set(re.findall(r"^def (\w+)", section, re.M)) == {case[0] for case in BY_HAND} | set(MEASURES_BY_HAND)
-
-
-@pytest.mark.parametrize("norm", ["none", "std", "var", "batch"])
-def test_a_group_of_equal_rewards_has_advantage_exactly_zero(norm):
-    rewards = torch.full((2, 12), 0.1)
-    rewards[1, 0] = 0.9
-    assert rewards[0].std(correction=0) != 0  # rounding: what a small epsilon would blow up
-    advantages = grpo.group_advantages(rewards, norm)
-    assert advantages[0].tolist() == [0.0] * 12 and advantages[1].abs().min() > 0
-
-
-def test_advantages_refuse_an_unknown_norm_and_a_flat_tensor():
-    with pytest.raises(ValueError, match="unknown norm 'mad'"):
-        grpo.group_advantages(torch.rand(2, 3), "mad")
-    with pytest.raises(ValueError, match=r"shape \(3,\)"):
-        grpo.group_advantages(torch.rand(3), "std")
-    with pytest.raises(ValueError, match="unknown agg 'max'"):
-        grpo.token_weights(torch.ones(1, 1), "max")
-
-
-def test_on_policy_gradient_is_reinforce():
-    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    grpo.policy_loss(
-        logprobs, logprobs.detach(), torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, 0.1]), 0.2
-    ).backward()
-    torch.testing.assert_close(logprobs.grad, torch.tensor([-0.5, 1.0, -0.3]))
-
-
-def test_draws_at_the_ends_of_the_unit_interval_have_positive_probability():
-    logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]]).repeat(2, 1)
-    tokens, logprobs, entropy = grpo.sample_tokens(logits, torch.tensor([0.0, 1 - 2**-24]), 1.0)
-    assert tokens.tolist() == [1, 2]
-    torch.testing.assert_close(torch.stack([logprobs, entropy]), torch.tensor([[-math.log(2)] * 2, [math.log(2)] * 2]))
-
-
-# ------------------------------------------------------ rollout -------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
-    model = make_model(kind)
-    ends = [1, 4, 9]  # several end tokens, so that rows end at different times
-    model.generation_config.eos_token_id = ends
-    model.generation_config.pad_token_id = 0
-    sampled = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
-    width = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in PROMPTS])
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, width:].tolist()
-    lengths = sampled.lengths[:, 0].tolist()
-    assert len(set(lengths)) > 1 and not all(sampled.truncated)
-    for p, length in enumerate(lengths):
-        assert sampled.tokens[p, 0, :length].tolist() == expected[p][:length]
-        assert (expected[p][length - 1] in ends) == (not sampled.truncated[p, 0])
-        assert not set(expected[p][length:]) - {0} and not set(expected[p][: length - 1]) & set(ends)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_rollout_logprobs_and_entropy_are_those_of_the_naive_pass(temperature):
-    model = make_model("gpt2")
-    sampled = grpo.rollout(make_policy(model), PROMPTS, uniforms(4, 6, 10), temperature)
-    assert len(set(sampled.lengths.flatten().tolist())) > 2
-    for p, prompt in enumerate(PROMPTS):
-        for g in range(6):
-            tokens = sampled.tokens[p, g, : sampled.lengths[p, g]].tolist()
-            torch.testing.assert_close(
-                sampled.logprobs[p, g, : len(tokens)],
-                naive_logprobs(model, prompt, tokens, temperature),
-                rtol=0,
-                atol=1e-5,
-            )
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-            entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
-            torch.testing.assert_close(sampled.entropy[p, g, : len(tokens)], entropy, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("room", [1, 4, 64])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2"])
-@pytest.mark.parametrize("fast", [False, True])
-def test_rollout_logprobs_do_not_depend_on_the_cache_and_the_attention(kind, room, fast, monkeypatch):
-    """Room for tokens that runs out at every step, some steps, or never, and the model's own attention or the CPU's."""
-    monkeypatch.setattr(grpo.RoomyLayer, "ROOM", room)
-    naive, model = make_model(kind), make_model(kind)
-    sampled = grpo.rollout(make_policy(grpo.for_cpu(model) if fast else model), PROMPTS, uniforms(4, 6, 10), 1.0)
-    assert model.config._attn_implementation == ("eager" if kind == "gemma2" else "grouped" if fast else "sdpa")
-    for p, prompt in enumerate(PROMPTS):
-        for g in range(6):
-            tokens = sampled.tokens[p, g, : sampled.lengths[p, g]].tolist()
-            expected = naive_logprobs(naive, prompt, tokens)
-            torch.testing.assert_close(sampled.logprobs[p, g, : len(tokens)], expected, rtol=0, atol=1e-5)
-
-
-def test_sampled_frequencies_match_the_models_probabilities():
-    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation config says."""
-    model = make_model("gpt2", vocabulary=5)
-    model.generation_config.update(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
-    temperature, draws = 1.3, 20_000
-    sampled = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, draws, 2), temperature)
-    first = torch.softmax(model(torch.tensor([[2, 3]])).logits[0, -1] / temperature, -1).detach()
-    expected = {(4,): float(first[4])}
-    for a in range(4):
-        second = torch.softmax(model(torch.tensor([[2, 3, a]])).logits[0, -1] / temperature, -1).detach()
-        expected |= {(a, b): float(first[a] * second[b]) for b in range(5)}
-    rows = zip(sampled.tokens[0].tolist(), sampled.lengths[0].tolist(), strict=True)
-    counts: dict[tuple, int] = {}
-    for row, length in rows:
-        counts[tuple(row[:length])] = counts.get(tuple(row[:length]), 0) + 1
-    assert set(counts) <= set(expected) and math.isclose(sum(expected.values()), 1, rel_tol=1e-5)
-    likely = {key: p for key, p in expected.items() if p * draws >= 5}
-    chi_square = sum((counts.get(key, 0) - p * draws) ** 2 / (p * draws) for key, p in likely.items())
-    freedom = len(likely) - 1
-    assert freedom > 5
-    # Wilson and Hilferty: the 99.9% quantile of chi-square with so many degrees of freedom.
-    assert chi_square < freedom * (1 - 2 / (9 * freedom) + 3.09 * (2 / (9 * freedom)) ** 0.5) ** 3
-
-
-def test_a_completion_depends_on_its_own_random_numbers_alone():
-    policy, u = make_policy(make_model("gpt2")), uniforms(4, 3, 8)
-    together = grpo.rollout(policy, PROMPTS, u, 1.0)
-    for p, g in ((0, 0), (2, 1), (3, 2)):
-        alone = grpo.rollout(policy, [PROMPTS[p]], u[p : p + 1, g : g + 1], 1.0)
-        length = int(alone.lengths)
-        assert length == together.lengths[p, g]
-        assert alone.tokens[0, 0, :length].tolist() == together.tokens[p, g, :length].tolist()
-
-
-def test_random_streams_depend_on_seed_step_and_slot_alone():
-    config = Config(max_new_tokens=3)
-    both = grpo.draw(config, grpo.TRAIN, 5, [2, 7], 4)
-    assert both.shape == (2, 4, 3) and torch.equal(both[1:], grpo.draw(config, grpo.TRAIN, 5, [7], 4))
-    assert torch.equal(both[:, :2], grpo.draw(config, grpo.TRAIN, 5, [2, 7], 2))  # a larger group only adds draws
-    others = [
-        grpo.draw(config, grpo.TRAIN, 6, [2], 4),
-        grpo.draw(config, grpo.EVALUATE, 5, [2], 4),
-        grpo.draw(Config(max_new_tokens=3, seed=1), grpo.TRAIN, 5, [2], 4),
-    ]
-    assert all(not torch.equal(both[:1], other) for other in others)
-
-
-def test_prompts_come_in_seeded_epochs_without_repetition():
-    config = Config(prompts=4, seed=3)
-    rows = [row for step in range(5) for row in grpo.prompt_rows(step, config, 10)]
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
-    assert grpo.prompt_rows(1, Config(prompts=4, seed=3, norm="none"), 10) == rows[4:8]
-    assert len(grpo.prompt_rows(0, Config(prompts=7), 3)) == 7  # more prompts than problems
-
-
-# ------------------------------------------------------- update -------------------------------------------------------
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-7)])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-@pytest.mark.parametrize("agg", ["sequence", "mean", "token"])
-def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg, dtype, bound):
-    model = make_model(kind, dtype=dtype)
-    policy = make_policy(model)
-    batch = make_batch(policy)
-    naive_loss(model, batch, agg, temperature=0.8).backward()
-    expected = flat_gradient(model.parameters())
-    order = torch.tensor([3, 0, 4, 1, 2])
-    padded = torch.nn.functional.pad(batch.sampled.tokens, (0, 7), value=22)
-    for micro, rows, tokens in ((99, slice(None), batch.sampled.tokens), (18, slice(None), padded), (1, order, padded)):
-        model.zero_grad()
-        weights = grpo.token_weights(batch.sampled.lengths, agg).to(dtype)
-        for p, prompt in enumerate(batch.prompts):
-            logprobs = grpo.prompt_backward(
-                model,
-                torch.tensor(prompt),
-                tokens[p][rows],
-                batch.sampled.lengths[p][rows],
-                batch.advantages[p][rows].to(dtype),
-                weights[p][rows],
-                Config(micro_batch=micro, temperature=0.8),
-            )
-            first = tokens[p][rows][0, : batch.sampled.lengths[p][rows][0]].tolist()
-            naive = naive_logprobs(model, prompt, first, 0.8).detach()
-            torch.testing.assert_close(
-                logprobs[: len(first)], naive, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-9
-            )
-        assert relative_error(flat_gradient(model.parameters()), expected) < bound
-
-
-@pytest.mark.parametrize("rows", [1, 3, 1000])
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "granite", "cohere", "gemma2", "mixtral", "opt"])
-def test_gradient_through_chunks_of_logits_equals_the_naive_one(kind, rows, monkeypatch):
-    """With the attention and the products that are used on a CPU, where the model allows them, and without."""
-    monkeypatch.setattr(grpo, "MAX_LOGITS", rows * 23)
-    seen, whole = [], grpo.apply_head
-    monkeypatch.setattr(grpo, "apply_head", lambda model, hidden: seen.append(len(hidden)) or whole(model, hidden))
-    naive = make_model(kind)
-    policies = [make_policy(make_model(kind)), make_policy(grpo.for_cpu(make_model(kind)))]
-    batch = make_batch(policies[0])
-    naive_loss(naive, batch, "sequence").backward()
-    expected = flat_gradient(naive.parameters())
-    for policy in policies:
-        for p in range(4):
-            grpo.prompt_backward(
-                policy.model,
-                torch.tensor(PROMPTS[p]),
-                batch.sampled.tokens[p],
-                batch.sampled.lengths[p],
-                batch.advantages[p].float(),
-                torch.full((5,), 1 / 20),
-                Config(micro_batch=18),
-            )
-        assert relative_error(flat_gradient(policy.model.parameters()), expected) < 1e-5
-    assert max(seen) == min(rows, 18)
-
-
-def test_passes_take_the_longest_completions_first_within_the_limit():
-    assert list(grpo.passes([3, 5, 1, 4, 3], 8)) == [[1], [3, 0], [4, 2]]
-    assert list(grpo.passes([3, 3, 2], 1)) == [[0], [1], [2]] and list(grpo.passes([2, 3], 6)) == [[1, 0]]
-
-
-@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 7), (1, 1, 7)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_linear_layer_by_onednn_is_torchs(shape, bias):
+    exec("\n".join(["from __future__ import annotations", *sources]), namespace)
     torch.manual_seed(0)
-    layer, x = torch.nn.Linear(7, 11, bias=bias), torch.randn(shape, requires_grad=True)
-    tensors, out = [x, *layer.parameters()], torch.randn(*shape[:-1], 11)
-    results = []
-    for kind in (torch.nn.Linear, grpo.OneDnnLinear):
-        layer.__class__ = kind
-        gradients = [torch.autograd.grad(y, tensors) for y in ((layer(x) * out).sum(), layer(x).sum())]
-        results.append([layer(x).detach(), *gradients[0], *gradients[1]])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_three_epochs_equal_the_clipped_loss_written_out(kl):
-    """SGD steps on the naive clipped loss, importance ratios against the first epoch, KL against the start policy."""
-    policy, naive, reference = (make_policy(make_model("gpt2")), make_model("gpt2"), make_model("gpt2"))
-    batch = make_batch(policy)
-    config = Config(epochs=3, kl=kl, clip=0.05, lr=0.05, optimizer="sgd", max_grad_norm=0)
-    result, _ = grpo.update(policy, grpo.make_optimizer(policy, config), batch, config, reference if kl else None)
-    lengths = batch.sampled.lengths
-    old = {
-        (p, g): naive_logprobs(naive, PROMPTS[p], batch.sampled.tokens[p, g, : lengths[p, g]].tolist()).detach()
-        for p in range(4)
-        for g in range(5)
-    }
-    start, norms = torch.cat([p.detach().flatten() for p in naive.parameters()]), []
-    for _ in range(3):
-        naive.zero_grad()
-        naive_loss(naive, batch, "sequence", old=old, clip=0.05, kl=kl, reference=reference).backward()
-        norms.append(float(flat_gradient(naive.parameters()).norm()))
-        with torch.no_grad():
-            for p in naive.parameters():
-                p -= 0.05 * p.grad
-    moved = torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - start
-    expected = torch.cat([p.detach().flatten() for p in naive.parameters()]) - start
-    assert relative_error(moved, expected) < 1e-4
-    assert result["grad_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4) and result["skipped"] == 0
-    assert result["logprob_gap"] < 1e-5
-
-
-def test_clipping_scales_the_step_to_the_limit_and_says_so():
-    policy = make_policy(make_model("gpt2"))
-    before = torch.cat([p.detach().flatten() for p in policy.model.parameters()])
-    config = Config(lr=1.0, optimizer="sgd", max_grad_norm=1e-3)
-    result, _ = grpo.update(policy, grpo.make_optimizer(policy, config), make_batch(policy), config)
-    step = torch.cat([p.detach().flatten() for p in policy.model.parameters()]) - before
-    assert result["clipped"] and result["grad_norm"] > 1e-3
-    assert float(step.norm()) == pytest.approx(1e-3, rel=1e-2)
-
-
-def test_bfloat16_weights_follow_float32_masters():
-    policy = make_policy(make_model("gpt2", dtype=torch.bfloat16))
-    start = {name: master.clone() for name, master in policy.masters.items()}
-    batch, config = make_batch(policy), Config(lr=1e-4, optimizer="sgd", max_grad_norm=0)
-    total = {name: torch.zeros_like(master) for name, master in start.items()}
-    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
-    alone = make_model("gpt2", dtype=torch.bfloat16)
-    for p in range(4):  # each prompt's gradient alone, summed in float32
-        alone.zero_grad()
-        grpo.prompt_backward(
-            alone,
-            torch.tensor(PROMPTS[p]),
-            batch.sampled.tokens[p],
-            batch.sampled.lengths[p],
-            batch.advantages[p].float(),
-            weights[p],
-            config,
-        )
-        for name, parameter in alone.named_parameters():
-            total[name] += parameter.grad.float()
-    grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)
-    for name, parameter in policy.model.named_parameters():
-        torch.testing.assert_close(policy.masters[name], start[name] - 1e-4 * total[name], rtol=1e-6, atol=1e-7)
-        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, policy.masters[name].bfloat16())
-    moved = [not torch.equal(start[name], master) for name, master in policy.masters.items()]
-    assert all(moved)  # steps far below bfloat16's resolution are not lost
-
-
-def test_measuring_a_bfloat16_policy_leaves_the_same_gradient_in_the_masters():
-    policies = [make_policy(make_model("llama", dtype=torch.bfloat16)) for _ in range(2)]
-    batch, config = make_batch(policies[0], G=6), Config(micro_batch=1)
-    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
-    measured = grpo.Measured.of(policies[0], batch, config)
-    grpo.measured_backward(policies[0], batch, 0, weights, config, measured, True)
-    grpo.prompt_backward(
-        policies[1].model,
-        torch.tensor(PROMPTS[0]),
-        batch.sampled.tokens[0],
-        batch.sampled.lengths[0],
-        batch.advantages[0].float(),
-        weights[0],
-        config,
-    )
-    found, expected = (flat_gradient(policy.masters.values()) for policy in policies)
-    assert all(parameter.grad is None for parameter in policies[0].model.parameters())
-    # A completion a pass on both sides: what differs is that the prefix's two gradients are rounded before they add up.
-    assert relative_error(found, expected) < 2**-7 and float(expected.norm()) > 0
-    scale = 6 / 5 / (float(weights[0, 0]) * 3 * float(batch.scale[0]))
-    torch.testing.assert_close(measured.gradients[0].sum(0), -scale * found, rtol=1e-4, atol=1e-5)
-
-
-def test_a_gradient_that_is_not_finite_is_not_applied():
-    policy = make_policy(make_model("gpt2"))
-    batch, config = make_batch(policy), Config(optimizer="sgd", lr=1.0)
-    before = {name: master.detach().clone() for name, master in policy.masters.items()}
-    batch.advantages[0, 0] = math.nan
-    assert grpo.update(policy, grpo.make_optimizer(policy, config), batch, config)[0]["skipped"] == 1
-    assert all(torch.equal(before[name], master) for name, master in policy.masters.items())
-    assert all(master.grad is None for master in policy.masters.values())
-
-
-# -------------------------------------------------- tasks and rewards -------------------------------------------------
-
-# fmt: off
-GRADES = [  # completion, gold answer, reward
-    ("so\n#### 18", "18", 1), ("#### 18.", "18", 1), ("#### 18.0", "18", 1), ("#### 018", "18", 1), ("####18", "18", 1),
-    ("#### -7", "7", 0), ("#### -7", "-7", 1), ("#### −7", "-7", 1), ("#### - 7", "-7", 1), ("#### +7", "7", 1),
-    ("#### $1,200", "1200", 1), ("#### $1,200", "200", 0), ("#### 1,200.50", "1200.5", 1), ("#### -$7", "-7", 1),
-    ("#### $-7", "-7", 1), ("#### €5", "5", 1), ("#### 1200", "1,200", 1), ("#### 1", "1,200", 0),
-    ("#### 1,2", "12", 0),
-    ("#### 50%", "50", 1), ("#### 50\\%", "50", 1), ("#### 18 dollars", "18", 1), ("#### 5 km/hour", "5", 1),
-    ("#### 5 m", "5", 1), ("#### The answer is 18", "18", 1), ("#### **18**", "18", 1), ("#### x = 5", "5", 1),
-    ("#### 10 + 8 = 18", "18", 1), ("#### 17 or 18", "18", 0), ("#### 5x", "5", 0), ("#### 10-3", "3", 0),
-    ("#### .5", "1/2", 1), ("#### 3/4", "0.75", 1), ("#### 3/0", "3", 0), ("#### 7 apples", "8", 0), ("#### ", "18", 0),
-    ("#### 3\nno:\n#### 4", "4", 1), ("#### 3\nno:\n#### 4", "3", 0), ("\\boxed{3} #### 4", "4", 1),
-    ("#### 4 or \\boxed{3}", "3", 1), ("12 #### 4 and then 9", "9", 0), ("I think 12, no, 18.", "18", 1),
-    ("I think 12, no, 18.", "12", 0), ("It costs $1,200.", "1200", 1), ("nothing", "18", 0), ("", "18", 0),
-    ("180", "18", 0),
-    ("\\boxed{\\frac{1}{2}}", "0.5", 1), ("\\boxed{\\dfrac12}", "\\frac{1}{2}", 1), ("\\boxed{2\\pi}", "2", 0),
-    ("\\boxed{\\sqrt{2}}", "2", 0), ("\\boxed{\\sqrt{8}}", "2\\sqrt{2}", 1),
-    ("\\boxed{\\text{Evelyn}}", "\\text{Evelyn}", 1),
-    ("\\boxed{Evelyn}", "\\text{Evelyn}", 1), ("\\boxed{Bob}", "\\text{Evelyn}", 0), ("\\boxed{90^\\circ}", "90", 1),
-    ("\\boxed{5\\text{ cm}}", "5", 1), ("\\boxed{10,\\!000}", "10000", 1), ("\\boxed{\\$7.50}", "7.5", 1),
-    ("\\boxed{(3,\\frac{\\pi}{2})}", "\\left( 3, \\frac{\\pi}{2} \\right)", 1), ("\\boxed{x \\in [-2,7]}", "[-2,7]", 1),
-    ("\\boxed{(7,-2)}", "(-2,7)", 0), ("\\boxed{18", "18", 0), ("\\boxed{17} \\boxed{18", "17", 0),
-    ("\\boxed 5", "5", 1), ("\\boxed{42} \\", "42", 1), ("\\boxed 3.5.", "3.5", 1), ("\\boxed 3.5", "3", 0),
-    ("\\boxed{864}", "864 \\mbox{ inches}^2", 1), ("\\boxed{15 \\text{ cm}^{3}}", "15", 1),
-    ("\\boxed{\\text{e}^2}", "\\text{e}", 0), ("so \\fbox{7} of 8", "7", 1), ("\\boxed{3100}", "(3,100)", 0),
-    ("\\boxed{100}", "[0,100)", 0), ("\\boxed{(3, 100)}", "(3,100)", 1), ("\\boxed{\\$1,234.50}", "1234.5", 1),
-    ("\\boxed{}", "0", 0), ("\\boxed{x+1}", "1+x", 1), ("\\boxed{5(3)}", "53", 0), ("\\boxed{2^{10}}", "1024", 1),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("completion", "answer", "reward"), GRADES)
-def test_grade(completion, answer, reward):
-    assert grpo.grade(completion, answer) == reward
-
-
-# fmt: off
-HOSTILE = [
-    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200, "{" * 200,
-    "x" * 250, "9" * 10**6,
-    "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6, "a" * 10**6, "-" * 10**6, " " * 10**6,
-    "\\text{" * 10**5, "^" * 10**5, "(" * 10**5 + "," * 10**5,
-    "\\sqrt{" * 60 + "2" + "}" * 60, "\\int_0^1 x^{x^x}", "\\sum_{n=1}^{9999} \\frac{1}{n^9}", "\\frac{1}{0}",
-    "٣", "\0", "$" * 999,
-]
-# fmt: on
-
-
-def test_a_gold_answer_too_long_for_a_number_is_none():
-    assert grpo.grade("#### 7", "9" * 10**6) == 0 and grpo.parse_number("9" * 301) is None
-
-
-@pytest.mark.parametrize("text", ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30])
-def test_what_no_answer_is_like_is_never_parsed(text, monkeypatch):
-    """The parser needs a second and a hundred megabytes for such a text, and keeps some of them."""
-    parsed = []
-    monkeypatch.setattr("math_verify.parse", lambda text, **_: parsed.append(text) or [])
-    assert grpo.grade("\\boxed{x}", text) == 0 and grpo.same_latex(text, "x") is False and parsed == []
-
-
-def test_brackets_as_deep_as_answers_have_them_are_parsed():
-    nested = "\\sqrt{" * 8 + "\\frac{(x+1)}{2}" + "}" * 8
-    assert grpo.grade(f"\\boxed{{{nested}}}", nested.replace("x+1", "1+x")) == 1
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_hostile_completions_get_no_reward_in_bounded_time(text):
-    for completion in (text, f"\\boxed{{{text}}}"):
-        began = time.perf_counter()
-        assert grpo.grade(completion, "\\frac{3}{4}") == grpo.grade("3", completion) == 0.0
-        assert time.perf_counter() - began < 3
-
-
-def test_numbers_are_exact():
-    assert grpo.parse_number("0.1") == Fraction(1, 10) and grpo.parse_number("-1,234.50 dollars") == Fraction(-2469, 2)
-
-
-def test_arith_problems_are_right_and_the_held_out_ones_unseen():
-    train, test = grpo.make_arith(100, size=3000)
-    assert train.to_list() == grpo.make_arith(512, size=3000)[0].to_list()  # so fewer evaluations leave the start as is
-    for row in [*train.select(range(300)), *test]:
-        a, b = map(int, row["question"].rstrip("=").split("+"))
-        assert row["answer"] == f"{a + b:04}"[::-1] and re.fullmatch(r"\d{3}\+\d{3}=", row["question"])
-    assert not set(train["question"]) & set(test["question"]) and len(set(train["question"])) == 3000
-    carries = [
-        sum((a % 10**i + b % 10**i) >= 10**i for i in (1, 2, 3))
-        for a, b in (map(int, question.rstrip("=").split("+")) for question in train["question"])
-    ]
-    right = [answer == solution for answer, solution in zip(train["answer"], train["solution"], strict=True)]
-    share = [np.mean([r for r, c in zip(right, carries, strict=True) if c == k]) for k in range(3)]
-    assert share[0] == 1 and abs(share[1] - 1 / 2) < 0.06 and abs(share[2] - 1 / 4) < 0.09
-
-
-def columns(rows: list[dict], graded: bool = True) -> list[dict]:
-    return list(grpo.standard_columns(Dataset.from_list(rows), "file", graded))
-
-
-def test_columns_are_found_by_name():
-    gsm = {"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 4"}
-    assert columns([gsm]) == [{"question": "q", "answer": "4", "solution": "2+2=4\n#### 4"}]
-    assert columns([{"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."}]) == [
-        {"question": "q", "answer": "\\frac{1}{2}", "solution": "so \\boxed{\\frac{1}{2}}."}
-    ]
-    assert columns([{"problem": "q", "solution": "thus \\boxed{\\left\\{ 2}"}])[0]["answer"] == "\\left\\{ 2"
-    assert columns([{"problem": "q", "answer": 7}]) == [{"question": "q", "answer": "7", "solution": ""}]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"text": "q", "answer": "1"}], "no column question/problem"),
-        ([{"question": "q", "reply": "1"}], "no column question/problem or answer/solution in question, reply"),
-        ([{"question": "q", "answer": "1"}, {"question": "q", "answer": ""}], "row 2: answer '' cannot be graded"),
-        ([{"question": "q", "answer": "\\frac{1}{2"}], "row 1: answer .* cannot be graded"),
-        ([{"question": "q", "solution": "no mark"}], "row 1: answer 'no mark' cannot be graded"),
-        ([{"question": " ", "answer": "1"}], "row 1: no question"),
-    ],
-)
-def test_unusable_rows_are_named(rows, message):
-    with pytest.raises(InputError, match=message):
-        columns(rows)
-
-
-def test_an_empty_data_set_is_an_error():
-    with pytest.raises(InputError, match="no rows"):
-        grpo.standard_columns(Dataset.from_dict({"question": [], "answer": []}), "file", True)
-
-
-@needs_data
-@pytest.mark.parametrize(
-    ("file", "task", "rows", "first"),
-    [
-        ("gsm8k_test.jsonl", "gsm8k", 1319, "18"),
-        ("svamp.jsonl", "gsm8k", 1000, None),
-        ("math500.jsonl", "math", 500, None),
-    ],
-)
-def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task, rows, first, tmp_path):
-    config = Config(task=task, data=str(DATA / file), eval_problems=100)
-    train, test = grpo.load_problems(config, None, grpo.grade)
-    assert (len(train), len(test)) == (rows - 100, 100) and not set(train["question"]) & set(test["question"])
-    raw = [json.loads(line) for line in (DATA / file).open()]
-    golds = {row.get("question", row.get("problem")): row["answer"].split("####")[-1].strip() for row in raw}
-    for row in [*train, *test]:
-        assert row["answer"] == golds[row["question"]]
-        assert grpo.grade(f"so \\boxed{{{row['answer']}}}.", row["answer"]) == 1
-    assert first is None or golds[raw[0]["question"]] == first
-
-
-# -------------------------------------------------------- runs --------------------------------------------------------
-
-
-def even(completion: str, answer: str) -> float:
-    """A reward that a policy without any training earns now and then."""
-    return float(completion[:1] in set("02468 acegikmoqsuwy" + answer))
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def problems():
-    return grpo.make_arith(1, size=300)[0]
-
-
-@pytest.fixture
-def train(problems):
-    """grpo.train on a few problems, with a reward that needs no skill."""
-    return partial(grpo.train, dataset=problems, reward=even)
-
-
-@pytest.fixture
-def settings(tmp_path, cache):
-    """A small run: 60 warm-start steps, 10 updates of 3 prompts with 5 completions."""
-    return dict(
-        sft_steps=60,
-        cache=cache,
-        steps=10,
-        prompts=3,
-        group=5,
-        eval_every=4,
-        eval_problems=20,
-        save_every=4,
-        out=str(tmp_path / "run"),
-        lr=1e-3,
-        micro_batch=18,
-    )
-
-
-TIMINGS = ("seconds_rollout", "seconds_update", "tokens_per_second")
-
-
-def read(out, name: str = "metrics.jsonl") -> list[dict]:
-    rows = [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
-
-
-def test_what_a_run_leaves(train, settings, capsys):
-    final = train(Config(**settings, geometry_every=0, probe_every=0))
-    out = Path(settings["out"])
-    assert {path.name for path in out.iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "prompts.jsonl",
-        "samples.jsonl",
-        "checkpoint",
-        "model",
-    }
-    metrics, prompts = read(out), read(out, "prompts.jsonl")
-    assert [row["step"] for row in metrics] == list(range(11))
-    assert set(metrics[1]) == {
-        "step",
-        "reward",
-        "pass_rate",
-        "reward_std",
-        "frac_all_right",
-        "frac_all_wrong",
-        "grad_norm",
-        "clipped",
-        "skipped",
-        "entropy",
-        "length",
-        "truncated",
-        "logprob_gap",
-        "lr",
-    }
-    assert [row["step"] for row in metrics if "eval_pass_rate" in row] == [0, 4, 8, 10]
-    assert metrics[10] == {"step": 10, **final} and metrics[3]["lr"] == pytest.approx(4e-4)
-    assert len(prompts) == 30
-    for step in range(10):
-        mine = [row for row in prompts if row["step"] == step]
-        assert metrics[step]["pass_rate"] == pytest.approx(np.mean([row["pass_rate"] for row in mine]))
-        assert metrics[step]["reward_std"] == pytest.approx(np.mean([row["reward_std"] for row in mine]))
-        for row in mine:
-            assert row["reward_std"] == pytest.approx((row["pass_rate"] * (1 - row["pass_rate"])) ** 0.5)
-            assert row["scale"] == pytest.approx(1 / (row["reward_std"] + 1e-6) if row["reward_std"] else 0.0)
-    samples = read(out, "samples.jsonl")
-    assert len(samples) == 16 and set(samples[0]) == {"step", "question", "completion", "answer", "reward"}
-    assert all(row["reward"] == even(row["completion"], row["answer"]) for row in samples)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
-    saved = load_file(out / "checkpoint" / "state.safetensors")
-    assert all(torch.equal(p, saved[f"weights.{name}"]) for name, p in model.named_parameters())
-    assert tokenizer.decode(tokenizer("047+085=")["input_ids"]) == "047+085="
-    lines = capsys.readouterr().out.splitlines()
-    first = next(i for i, line in enumerate(lines) if "held-out problems" in line)
-    assert f"{final['eval_pass_rate']:.3f}" in lines[first + 1]
-    assert [len(line) for line in lines[first : first + 8]] == [34 + 9 + 9] * 8 and lines[first + 8] == ""
-
-
-def test_two_norms_see_the_same_prompts_and_the_same_first_rollouts(train, settings, problems):
-    runs = {}
-    for norm in ("none", "std"):
-        train(Config(**settings | dict(norm=norm, out=settings["out"] + norm)))
-        config = Config(**settings | dict(norm=norm))
-        policy = grpo.load_policy(config, problems, grpo.Team())
-        encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)
-        runs[norm] = grpo.sample_batch(policy, 0, encoded, even, config)
-    none, std = runs["none"], runs["std"]
-    assert none.ids == std.ids and torch.equal(none.sampled.tokens, std.sampled.tokens)
-    assert torch.equal(none.sampled.logprobs, std.sampled.logprobs) and not torch.equal(none.advantages, std.advantages)
-    logs = [[(row["step"], row["prompt"]) for row in read(settings["out"] + norm, "prompts.jsonl")] for norm in runs]
-    assert logs[0] == logs[1]
-    assert read(settings["out"] + "none")[0]["reward"] == read(settings["out"] + "std")[0]["reward"]
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "rewards", "steps"), [("adamw", 6 * 15 + 60, (4, 9)), ("sgd", 60, (1, 3)), ("sgd", 0, (0, 0))]
-)
-def test_a_killed_run_resumes_to_the_bit(train, settings, optimizer, rewards, steps):
-    """Killed after so many rewards: those of evaluations, 40 each, and of steps, 15 each."""
-    settings["optimizer"] = optimizer
-    train(Config(**settings | {"out": settings["out"] + "-whole"}))
-    calls = SimpleNamespace(left=rewards)
-
-    def dying(completion, answer):
-        calls.left -= 1
-        if calls.left < 0:
-            raise KeyboardInterrupt
-        return even(completion, answer)
-
-    with pytest.raises(KeyboardInterrupt):
-        train(Config(**settings), reward=dying)
-    log = Path(settings["out"]) / "metrics.jsonl"
-    assert steps[0] <= len(log.read_text().splitlines()) <= steps[1]
-    with (Path(settings["out"]) / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "rew')  # killed while writing
-    train(Config(**settings | dict(resume=True, eval_every=4)))
-    for name in grpo.LOGS:
-        assert read(settings["out"], name) == read(settings["out"] + "-whole", name)
-    resumed, whole = (
-        load_file(Path(out) / "checkpoint" / "state.safetensors")
-        for out in (settings["out"], settings["out"] + "-whole")
-    )
-    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[key], whole[key]) for key in whole)
-
-
-def test_a_finished_run_goes_on_with_more_steps(train, settings):
-    train(Config(**settings | dict(out=settings["out"] + "-whole")))
-    train(Config(**settings | dict(steps=5)))
-    train(Config(**settings | dict(resume=True)))
-    assert read(settings["out"]) == read(settings["out"] + "-whole")
-    with pytest.raises(InputError, match="has made 10 steps already, more than --steps 5"):
-        train(Config(**settings | dict(resume=True, steps=5)))
-
-
-def test_a_run_killed_before_it_had_begun_starts_anew(train, settings):
-    settings["steps"] = 2
-    train(Config(**settings | {"out": settings["out"] + "-whole"}))
-    train(Config(**settings))
-    out = Path(settings["out"])
-    (out / "config.json").unlink()  # written last of what a run begins with
-    (out / "metrics.jsonl").write_text("")
-    (out / "prompts.jsonl").write_text("")
-    train(Config(**settings))
-    assert read(out) == read(settings["out"] + "-whole")
-    (out / "config.json").unlink()  # somebody else's log is not written over
-    with pytest.raises(InputError, match="holds a run"):
-        train(Config(**settings))
-
-
-def test_runs_are_not_mixed_up(train, settings):
-    settings["steps"] = 2
-    train(Config(**settings))
-    before = {path: path.read_bytes() for path in Path(settings["out"]).rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match=r"holds a run: add --resume to continue it, or --out OTHER_DIR"):
-        train(Config(**settings))
-    with pytest.raises(InputError, match=r"other settings: norm was 'std', is 'none', lr was 0.001, is 0.002"):
-        train(Config(**settings | dict(resume=True, norm="none", lr=2e-3)))
-    assert before == {path: path.read_bytes() for path in Path(settings["out"]).rglob("*") if path.is_file()}
-
-
-def test_a_run_resumes_with_smaller_passes(train, settings):
-    """Which is what one does after running out of memory."""
-    train(Config(**settings | dict(steps=2)))
-    train(Config(**settings | dict(steps=4, resume=True, micro_batch=9)))
-    assert [line["step"] for line in read(settings["out"])[-2:]] == [3, 4]
-
-
-@pytest.mark.parametrize(("config", "why"), [
-    (GPTNeoConfig(vocab_size=98, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local"], 2]],
-                  window_size=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0), "training differ by"),
-    (MambaConfig(vocab_size=98, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0), ""),
-])  # fmt: skip
-def test_models_that_are_not_sampled_as_they_are_trained_are_refused(train, settings, tmp_path, config, why):
-    """gpt-neo takes the room in the cache for tokens; mamba has no cache of keys and values."""
+    tools = dict(T=torch.tensor, log=torch.log, torch=torch, geometry=geometry, curvature=curvature)
+    found = eval(called, tools | {name: namespace[name]})
+    expected = eval(expected, {"ln": math.log, "nan": math.nan})
+    exact = dict(rtol=0.01, atol=0) if name == "directional_curvature" else dict(rtol=1e-6, atol=1e-6)
+    for value, wanted in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+        np.testing.assert_allclose(value, wanted, **exact)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.7])
+def test_the_kl_terms_expected_gradient_is_that_of_the_divergence(moved):
+    """Samples from `old`, over exact probabilities of a policy of one token, at old itself and elsewhere."""
+    old, reference, direction = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = (old + moved * direction).requires_grad_()
+    policy, old, reference = (x.log_softmax(0) for x in (logits, old, reference))
+    estimate = (old.exp() * grpo.k3_divergence(policy, old, reference)).sum()
+    divergence = (policy.exp() * (policy - reference)).sum()
+    found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (estimate, divergence))
+    torch.testing.assert_close(found, expected)
+
+
+def test_sketches_preserve_inner_products_without_bias():
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight *= 10  # a random model's distributions are all alike
-    model.save_pretrained(tmp_path / "model")
-    grpo.tiny_model()[1].save_pretrained(tmp_path / "model")
-    with pytest.raises(InputError, match=f"model .* cannot be used: .*{why}"):
-        train(Config(**settings | dict(model=str(tmp_path / "model"), sft_steps=0)))
-    assert not (Path(settings["out"]) / "config.json").exists()
-
-
-def test_a_run_resumes_on_another_device(train, settings):
-    """Of several processes, each on its GPU, the first one's stands in the settings: cuda:0."""
-    train(Config(**settings | dict(steps=2)))
-    file = Path(settings["out"]) / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"device": "cuda:0"}))
-    train(Config(**settings | dict(steps=4, resume=True)))
-    assert [line["step"] for line in read(settings["out"])[-2:]] == [3, 4]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there is no error to name the device")
-def test_every_process_takes_the_gpu_of_its_number(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(InputError, match="device cuda:1 cannot be used"):
-        Config(device="cuda")
-
-
-def test_torn_foreign_and_missing_checkpoints_are_named(train, settings):
-    settings["steps"] = 2
-    train(Config(**settings))
-    path = Path(settings["out"]) / "checkpoint" / "state.safetensors"
-    resume, whole = Config(**settings | dict(resume=True)), path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=f"cannot read the checkpoint {path}"):
-        train(resume)
-    save_file({"weights.a": torch.zeros(3)}, path, metadata={"state": '{"step": 1, "skipped": 0, "logs": {}}'})
-    with pytest.raises(InputError, match=f"the checkpoint {path} belongs to another model"):
-        train(resume)
-    path.write_bytes(whole)
-    log = Path(settings["out"]) / "prompts.jsonl"
-    log.write_text(log.read_text()[:50])
-    with pytest.raises(InputError, match="prompts.jsonl is shorter than when the checkpoint"):
-        train(resume)
-    path.unlink()
-    with pytest.raises(InputError, match=f"cannot read the checkpoint {path}"):
-        train(resume)
-
-
-def test_five_gradients_in_a_row_that_are_not_finite_end_the_run(train, settings, monkeypatch):
-    whole = grpo.prompt_backward
-    count = SimpleNamespace(calls=0)
-
-    def spoiled(model, *arguments, **named):
-        count.calls += 1
-        found = whole(model, *arguments, **named)
-        if count.calls > 6:
-            next(model.parameters()).grad[0, 0] = math.nan
-        return found
-
-    monkeypatch.setattr(grpo, "prompt_backward", spoiled)
-    with pytest.raises(RunError, match="no finite gradient in 5 steps in a row"):
-        train(Config(**settings | dict(steps=30)))
-    metrics = read(settings["out"])
-    assert [row["skipped"] for row in metrics[-6:]] == [0, 1, 1, 1, 1, 1] and metrics[-1]["grad_norm"] is None
-    saved = load_file(Path(settings["out"]) / "checkpoint" / "state.safetensors")
-    assert all(tensor.isfinite().all() for tensor in saved.values())
-
-
-def test_a_reward_that_fails_names_the_completion(train, settings):
-    def broken(completion, answer):
-        return 1 / 0
-
-    for reward, message in (
-        (broken, "division by zero"),
-        (lambda *_: math.nan, "the reward is nan"),
-        (lambda *_: None, "failed"),
-    ):
-        with pytest.raises(RunError, match=f"{message}.*completion '.*', answer '[0-9]{{4}}'"):
-            train(Config(**settings | dict(out=settings["out"] + message)), reward=reward)
-
-
-def test_rewards_outside_zero_and_one_have_no_pass_rate(train, settings, capsys):
-    settings |= dict(steps=1, eval_problems=4)
-    train(Config(**settings), reward=lambda completion, answer: 3 * even(completion, answer) - 1)
-    line, final = read(settings["out"])
-    assert line["pass_rate"] is None and line["eval_pass_rate"] is None and final["eval_greedy"] is None
-    assert -1 <= line["reward"] <= 2
-    texts = [row["reward"] for row in read(settings["out"], "samples.jsonl")]
-    assert line["eval_reward"] == np.mean(texts[:4]) and final["eval_reward"] == np.mean(texts[4:])  # of four held out
-    before, after = capsys.readouterr().out.split("reward, sampled")[1].split()[:2]
-    assert (before, after) == (f"{line['eval_reward']:.3f}", f"{final['eval_reward']:.3f}")
-    rates = grpo.pass_rates(torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0], [0.0, 2.0, 1.0]]))
-    assert rates[:2].tolist() == [pytest.approx(1 / 3), 1.0] and rates[2].isnan()
-
-
-def test_the_warm_start_learns_and_is_made_once_for_all_seeds(tmp_path):
-    rows = [{"question": f"{a}{b}", "answer": str(b), "solution": str(b)} for a in range(10) for b in range(10)]
-    problems = Dataset.from_list(rows)
-    settings = dict(sft_steps=150, sft_lr=6e-3, cache=str(tmp_path))
-    made = grpo.warm_start(Config(**settings), problems)
-    stamp = (made / "model.safetensors").stat().st_mtime_ns
-    assert grpo.warm_start(Config(**settings, seed=5, norm="none", steps=1), problems) == made
-    assert (made / "model.safetensors").stat().st_mtime_ns == stamp and len(list(tmp_path.iterdir())) == 1
-    others = [
-        grpo.warm_start(Config(**settings | dict(sft_steps=1)), problems),
-        grpo.warm_start(Config(**settings | dict(sft_steps=1)), problems.select(range(50))),
-    ]
-    assert len({made, *others}) == 3
-    policy = grpo.load_policy(Config(**settings), problems, grpo.Team())
-    prompts = [problem.prompt for problem in grpo.encode_problems(problems, policy.model, policy.tokenizer, Config())]
-    texts = grpo.completions(policy, grpo.rollout(policy, prompts, uniforms(100, 1, 4), 0.0))
-    assert [text for (text,) in texts] == [row["answer"] for row in rows]
-
-
-def test_a_warm_start_that_cannot_be_saved_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("transformers.GPT2LMHeadModel.save_pretrained", full)
-    problems = Dataset.from_list([{"question": "1", "answer": "1", "solution": "1"}])
-    with pytest.raises(OSError, match="No space left"):
-        grpo.warm_start(Config(sft_steps=1, cache=str(tmp_path / "cache")), problems)
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_a_warm_start_step_is_cross_entropy_over_the_solutions_tokens(tmp_path, monkeypatch):
-    """The first step's gradient, whatever the micro-batch, against the naive sequences' mean over solution tokens."""
-    rows = [{"question": "ab"[: 1 + i % 2], "answer": "", "solution": "x" * (1 + i)} for i in range(5)]
-    problems, found = Dataset.from_list(rows), []
-    seen = lambda parameters, _: found.append(flat_gradient(parameters))  # noqa: E731
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", seen)
-    for micro in (999, 40):
-        model, tokenizer = grpo.tiny_model()
-        grpo.supervised(model, tokenizer, problems, Config(sft_steps=1, sft_batch=5, micro_batch=micro))
-    model, tokenizer = grpo.tiny_model()
-    encode = lambda text: tokenizer(text)["input_ids"]  # noqa: E731
-    losses = [-naive_logprobs(model, encode(r["question"]), [*encode(r["solution"]), 0]) for r in rows]
-    torch.cat(losses).mean().backward()
-    assert len(found) == 2
-    assert all(relative_error(gradient, flat_gradient(model.parameters())) < 1e-5 for gradient in found)
-
-
-def test_kl_keeps_the_policy_near_its_start(train, settings):
-    """The KL term's gradient is zero at the start policy; a large weight holds later steps back."""
-    moved = {}
-    for kl in (0.0, 100.0):
-        out = f"{settings['out']}{kl}"
-        train(Config(**settings | dict(kl=kl, out=out, optimizer="sgd", lr=0.02)))
-        start = load_file(next(Path(settings["cache"]).iterdir()) / "model.safetensors")
-        end = load_file(Path(out) / "model" / "model.safetensors")
-        moved[kl] = math.sqrt(sum(float((end[key] - start[key]).square().sum()) for key in end))
-    assert read(f"{settings['out']}100.0")[0]["grad_norm"] == pytest.approx(
-        read(f"{settings['out']}0.0")[0]["grad_norm"], rel=1e-4
-    )
-    assert 0 < moved[100.0] < moved[0.0]
-
-
-# ------------------------------------------- curvature: log-linear policies ------------------------------------------
-
-
-class LogLinear:
-    """P prompts, K actions, pi(a|x) = softmax(features[x] @ theta): everything is known in closed form."""
-
-    def __init__(self, P: int, K: int, overlap: float, seed: int, aligned: bool = False):
-        """Unit features: a part of each prompt's own, and a share `overlap` in common, at the same actions if aligned.
-
-        One action is right, with a probability that is uniform in [0.05, 0.95] over prompts; the others are alike.
-        """
-        generator, dtype = torch.Generator().manual_seed(seed), torch.float64
-        own = torch.eye(P * K, dtype=dtype).view(P, K, P * K)
-        order = torch.stack([torch.arange(K) if aligned else torch.randperm(K, generator=generator) for _ in range(P)])
-        shared = torch.eye(K, dtype=dtype)[order]
-        self.features = torch.cat([(1 - overlap) ** 0.5 * own, overlap**0.5 * shared], -1)  # [P, K, D]
-        self.rewards = torch.zeros(P, K, dtype=dtype)
-        self.rewards[:, 0] = 1.0
-        start = 0.05 + 0.9 * torch.rand(P, generator=generator, dtype=dtype)
-        self.offset = torch.zeros(P, K, dtype=dtype)
-        self.offset[:, 0] = torch.log((K - 1) * start / (1 - start))
-        self.theta = torch.zeros(self.features.shape[-1], dtype=dtype)
-
-    def probs(self, theta=None):
-        return torch.softmax(self.offset + self.features @ (self.theta if theta is None else theta), -1)  # [P, K]
-
-    def scores(self, theta=None):
-        probs = self.probs(theta)
-        return self.features - (probs[..., None] * self.features).sum(1, keepdim=True)  # [P, K, D]
-
-    def value(self, theta=None):
-        return (self.probs(theta) * self.rewards).sum(1)  # J [P]
-
-    def std(self, theta=None):
-        value = self.value(theta)
-        return (value * (1 - value)).sqrt()
-
-    def gradient(self, theta=None):
-        centered = self.rewards - self.value(theta)[:, None]
-        return torch.einsum("pk,pk,pkd->pd", self.probs(theta), centered, self.scores(theta))
-
-    def hessian(self, p: int):
-        scores = self.scores()[p]
-        return torch.einsum("k,k,kd,ke->de", self.probs()[p], self.rewards[p] - self.value()[p], scores, scores)
-
-    def draw(self, G: int, generator):
-        """G actions a prompt, [P, G]."""
-        return torch.multinomial(self.probs(), G, replacement=True, generator=generator)
-
-    def half_gradients(self, actions, rewards):
-        """[P, 2, D], as the training's two halves give them: leave-one-out advantages of the whole group."""
-        P, G = actions.shape
-        advantages = grpo.group_advantages(rewards, "none") * G / (G - 1)
-        terms = advantages[..., None] * self.scores()[torch.arange(P)[:, None], actions]  # [P, G, D]
-        return torch.stack([terms[:, rows].mean(1) for rows in grpo.halves(G)], 1)
-
-
-def geometry_of(halves: torch.Tensor, G: int) -> dict[str, float]:
-    shares = torch.tensor([rows.stop - rows.start for rows in grpo.halves(G)]).to(halves) / G
-    whole = (halves * shares[:, None]).sum(1)
-    return grpo.gradient_geometry(whole @ whole.T, (halves[:, 0] * halves[:, 1]).sum(1), G)
-
-
-def test_closed_forms_equal_autograd():
-    policy = LogLinear(3, 5, 0.5, 0)
-    for p in range(3):
-        gradient = torch.autograd.functional.jacobian(lambda theta: policy.value(theta)[p], policy.theta)  # noqa: B023
-        hessian = torch.autograd.functional.hessian(lambda theta: policy.value(theta)[p], policy.theta)  # noqa: B023
-        torch.testing.assert_close(policy.gradient()[p], gradient)
-        torch.testing.assert_close(policy.hessian(p), hessian)
-
-
-def test_reward_deviation_bounds_gradient_and_curvature():
-    """|g| <= sigma (E|s|^2)^1/2 and |H| <= sigma (E|s|^4)^1/2, on 1,000 random policies."""
-    for seed in range(1000):
-        policy = LogLinear(1, 4, 0.0, seed)
-        squares = policy.scores()[0].square().sum(-1)
-        moments = [(policy.probs()[0] * squares**k).sum().sqrt() for k in (1, 2)]
-        sigma = policy.std()[0] * (1 + 1e-9)
-        assert policy.gradient()[0].norm() <= sigma * moments[0]
-        assert torch.linalg.matrix_norm(policy.hessian(0), 2) <= sigma * moments[1]
-
-
-@pytest.mark.parametrize(("norm", "alpha"), [("none", 0), ("std", 1), ("var", 2)])
-def test_each_norm_ascends_its_own_objective(norm, alpha):
-    """Expected update over all groups of G 0/1 rewards = F'(J) grad J; for large G F is J, 2 asin sqrt J, logit J."""
-    for G in (2, 5, 16, 400):
-        for J in (0.1, 0.5, 0.8):
-            K = torch.arange(G + 1, dtype=torch.float64)
-            weights = torch.distributions.Binomial(G, torch.tensor(J, dtype=torch.float64)).log_prob(K).exp()
-            rewards = (torch.arange(G) < K[:, None]).double()  # [G+1, G]: every number of right completions
-            advantages = grpo.group_advantages(rewards, norm, eps=0.0)
-            # d log pi is 1/J of a right and -1/(1-J) of a wrong completion, for each unit of dJ.
-            slope = (weights * (advantages * (rewards / J - (1 - rewards) / (1 - J))).mean(1)).sum()
-            spread = K * (G - K) / G**2
-            power = torch.where(spread > 0, spread.clamp(min=1e-9) ** ((2 - alpha) / 2), 0.0)
-            assert float(slope) == pytest.approx(float((weights * power).sum()) / (J * (1 - J)), rel=1e-9)
-            limit = [lambda v: v, lambda v: 2 * math.asin(math.sqrt(v)), lambda v: math.log(v / (1 - v))][alpha]
-            if G == 400:
-                assert float(slope) == pytest.approx((limit(J + 1e-6) - limit(J - 1e-6)) / 2e-6, rel=0.04)
-
-
-def ascend(policy: LogLinear, normalized: bool, scale: float, steps: int):
-    """Mean J at every step of exact ascent with the steps of the theory, and the predicted gain at each (S^2 = 4)."""
-    theta, values, gains = policy.theta.clone(), [], []
-    for _ in range(steps):
-        gradient, std = policy.gradient(theta), policy.std(theta)
-        values.append(float(policy.value(theta).mean()))
-        gains.append(grpo.predicted_gain(gradient.square().sum(1), std))
-        size = 1 / (4 * std) if normalized else torch.full_like(std, 1 / (4 * 0.5))
-        theta = theta + scale * (size[:, None] * gradient).sum(0)
-        if values[-1] > 0.97:
-            break
-    return values, gains
-
-
-def test_the_measured_speed_up_is_the_predicted_gain():
-    """Steps to a mean pass rate of 0.9. (From much harder starts the measured one is larger: 1.2 to 1.7 times.)"""
-    ratios = []
-    for seed in range(8):
-        policy = LogLinear(8, 6, 0.0, seed)
-        steps = {}
-        for normalized in (False, True):
-            values, gains = ascend(policy, normalized, 1.0, 3000)
-            steps[normalized] = next(i for i, value in enumerate(values) if value >= 0.9)
-            if not normalized:
-                predicted = np.mean(gains[: steps[False]])
-        ratios.append(steps[False] / steps[True] / predicted)
-    assert 0.8 < np.median(ratios) < 1.25
-
-
-def test_overlap_takes_the_room_for_larger_steps():
-    largest = {}
-    for overlap in (0.0, 0.5):
-        limits = []
-        for seed in range(8):
-            policy, scale = LogLinear(8, 6, overlap, seed), 1.0
-            while scale < 1024 and np.diff(ascend(policy, True, scale, 150)[0]).min(initial=0) > -1e-12:
-                scale *= 2
-            limits.append(scale / 2)
-        largest[overlap] = np.median(limits)
-    assert largest[0.5] <= largest[0.0] / 2
+    tensors = [[torch.randn(3, 50), torch.randn(7)] for _ in range(2)]
+    products = [float(torch.dot(*(grpo.count_sketch(x, 16, seed) for x in tensors))) for seed in range(600)]
+    assert within(products, float(flat(tensors[0]) @ flat(tensors[1])))
 
 
 def within(values, truth: float, errors: float = 3) -> bool:
@@ -1225,1218 +258,1039 @@ def within(values, truth: float, errors: float = 3) -> bool:
     return abs(values.mean() - truth) < errors * values.std(ddof=1) / len(values) ** 0.5
 
 
-def regression(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Slope of y on x and its standard error, whatever the noise's spread at each x (White)."""
-    x, y = x - x.mean(), y - y.mean()
-    slope = (x * y).sum() / (x**2).sum()
-    return slope, float(np.sqrt((x**2 * (y - slope * x) ** 2).sum()) / (x**2).sum())
+# ------------------------------------------------ rollout and gradient ------------------------------------------------
 
 
-@pytest.mark.parametrize("G", [4, 7, 16])
-def test_the_corrected_norm_and_cosine_are_those_of_the_true_gradients(G):
-    policy, generator = LogLinear(150, 5, 0.3, 1, aligned=True), torch.Generator().manual_seed(G)
-    truth = policy.gradient()
-    inner = truth @ truth.T
-    square, cross = float(inner.diagonal().mean()), float((inner.sum() - inner.trace()) / (150 * 149))
-    found = {key: [] for key in ("square", "raw", "cosine", "share")}
-    for _ in range(100):
-        actions = policy.draw(G, generator)
-        halves = policy.half_gradients(actions, policy.rewards.gather(1, actions))
-        geometry = geometry_of(halves, G)
-        shares = torch.tensor([rows.stop - rows.start for rows in grpo.halves(G)]).double() / G
-        found["square"].append(float((halves[:, 0] * halves[:, 1]).sum(1).mean()) / (1 + 1 / (G - 1) ** 2))
-        found["raw"].append(float((halves * shares[:, None]).sum(1).square().sum(1).mean()))
-        found["cosine"].append(geometry["cos_signal"])
-        found["share"].append(geometry["signal_share"])
-    assert within(found["square"], square) and not within(found["raw"], square)
-    assert within(found["cosine"], cross / square)
-    assert not within(np.array(found["cosine"]) * found["share"], cross / square)  # of uncorrected norms
-    assert np.mean(found["share"]) == pytest.approx(np.mean(found["square"]) / np.mean(found["raw"]), rel=0.02)
-
-
-def test_gradients_without_signal_have_a_corrected_norm_of_zero():
-    policy, generator, found = LogLinear(40, 5, 0.5, 2), torch.Generator().manual_seed(0), []
-    for _ in range(200):
-        actions = policy.draw(8, generator)
-        rewards = torch.randint(0, 2, actions.shape, generator=generator).double()  # whatever was done
-        halves = policy.half_gradients(actions, rewards)
-        found.append(float((halves[:, 0] * halves[:, 1]).sum(1).mean()))
-    assert within(found, 0.0)
-
-
-def cross_fitted(policy: LogLinear, G: int, generator):
-    """Of each prompt and half: curvature by the probe, true curvature along its direction, both halves' deviations."""
-    actions = policy.draw(G, generator)
-    rewards = policy.rewards.gather(1, actions)
-    halves, rows = policy.half_gradients(actions, rewards), grpo.halves(G)
-    found = []
-    for p in range(len(actions)):
-        for half in (0, 1):
-            other, direction = rows[1 - half], halves[p, half]
-            if rewards[p, rows[half]].std(correction=0) == 0:  # as the program does
-                continue
-            mine, chosen = rewards[p, other], actions[p, other]
-
-            def logprobs(parameters):
-                return torch.log(policy.probs(parameters["theta"].double())[p, chosen])  # noqa: B023
-
-            advantages = (mine - mine.mean()) * len(mine) / (len(mine) - 1)
-            slope = float(direction.norm() / rewards[p].std(correction=0))
-            found.append(
-                (
-                    grpo.directional_curvature(
-                        logprobs, {"theta": policy.theta}, {"theta": direction}, advantages, slope
-                    ),
-                    float(direction @ policy.hessian(p) @ direction / direction.norm() ** 2),
-                    float(rewards[p, rows[half]].std(correction=0)),
-                    float(mine.std(correction=0)),
-                )
-            )
-    return np.array(found).reshape(-1, 4)
-
-
-def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
-    generator = torch.Generator().manual_seed(0)
-    found = np.concatenate([cross_fitted(LogLinear(10, 5, 0.5, seed), 16, generator) for seed in range(60)])
-    assert np.isfinite(found).all() and len(found) > 800
-    assert within(found[:, 0] - found[:, 1], 0.0)
-    slope, error = regression(found[:, 1], found[:, 0])
-    assert abs(slope - 1) < 3 * error < 0.3
-
-
-@pytest.mark.parametrize("rate", [0.1, 0.25, 0.7])
-def test_identical_prompts_show_no_law_of_curvature_and_deviation(rate):
-    """Against the deviation of the direction's half; that of the measured half manufactures a law.
-
-    With two actions every direction has the same true curvature.
-    """
-    policy, generator = LogLinear(1, 2, 0.0, 0), torch.Generator().manual_seed(0)
-    policy.offset[0, 0] = math.log(rate / (1 - rate))
-    found = np.concatenate([cross_fitted(policy, 16, generator) for _ in range(1000)])
-    assert np.ptp(found[:, 1]) < 1e-9 and within(found[:, 0], found[0, 1])
-    slope, error = regression(found[:, 2], found[:, 0])
-    assert abs(slope) < 3 * error
-    manufactured, error = regression(found[:, 3], found[:, 0])
-    assert abs(manufactured) > 10 * error
-
-
-# ---------------------------------------------- geometry: vectors by hand ---------------------------------------------
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
+    model, ends = make_model(kind), [1, 4, 9]  # several end tokens, so that rows end at different times
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends, 0
+    groups = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
+    ids = torch.tensor([[0] * (5 - len(p)) + p for p in PROMPTS])
+    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in PROMPTS])
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 5:]
+    for group, row in zip(groups, expected.tolist()):
+        length = next((t for t, token in enumerate(row, 1) if token in ends), 12)
+        assert group.tokens[0].tolist() == row + [0] * (12 - len(row))
+        assert (int(group.lengths[0]), bool(group.truncated[0])) == (length, row[length - 1] not in ends)
 
 
 @pytest.mark.parametrize(
-    ("vectors", "expected"),
-    [  # n_gradients, cos_abs, cos_negative, interference, cos_signal
-        ([[2.0, 0.0], [0.0, 3.0]], (2, 0.0, 0.0, 1.0, 0.0)),
-        ([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]], (3, 1.0, 0.0, 3.0, 1.0)),
-        ([[1.0, 0.0], [-1.0, 0.0]], (2, 1.0, 1.0, 0.0, -1.0)),
-        ([[3.0, 4.0], [0.0, 0.0], [3.0, 0.0]], (2, 0.6, 0.0, (36 + 16) / 34, (18 / 6) / (34 / 3))),
-        ([[1.0, 1.0]], (1, None, None, None, None)),
-        ([[0.0, 0.0], [0.0, 0.0]], (0, None, None, None, None)),
+    ("kind", "attention", "temperature"),
+    [("gpt2", "sdpa", 0.7), ("gpt2", "grouped", 1.0), ("llama", "grouped", 0.7), ("gemma2", "eager", 1.0)],
+)
+def test_rollout_is_the_naive_pass(kind, attention, temperature):
+    """Log-probabilities, entropies, what the output layer reads; and a completion has its own random numbers alone."""
+    naive, policy, u = make_model(kind), make_policy(make_model(kind, attention=attention)), uniforms(4, 6, 10)
+    groups, read = grpo.rollout(policy, PROMPTS, u, temperature), []
+    naive.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    for p, group in enumerate(groups):
+        naive(group.prompt[None])
+        torch.testing.assert_close(group.feature, read[-1][0].mean(0), rtol=0, atol=1e-5)
+        (alone,) = grpo.rollout(policy, [PROMPTS[p]], u[p : p + 1, p : p + 1], temperature)
+        assert alone.tokens[0].tolist() == group.tokens[p].tolist()
+        for g, length in enumerate(group.lengths.tolist()):
+            ids = torch.cat([group.prompt, group.tokens[g, :length]])
+            exact = torch.distributions.Categorical(logits=naive(ids[None]).logits[0, -length - 1 : -1] / temperature)
+            for found, value in ((group.logprobs, exact.log_prob(ids[-length:])), (group.entropy, exact.entropy())):
+                torch.testing.assert_close(found[g, :length], value, rtol=0, atol=1e-5)
+
+
+def test_sampled_frequencies_match_the_models_probabilities():
+    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation config says."""
+    model = make_model("gpt2", 5)
+    model.generation_config.update(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
+    (group,) = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, 20_000, 2), 1.3)
+
+    def probs(*ids: int) -> np.ndarray:
+        return torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / 1.3, -1).detach().numpy()
+
+    expected = [probs(2, 3)[a] * probs(2, 3, a) for a in range(4)] + [probs(2, 3)[4:]]  # token 4 ends
+    counts = np.bincount(group.tokens @ torch.tensor([5, 1]), minlength=21)
+    assert stats.chisquare(counts, 20_000 * np.concatenate(expected)).pvalue > 0.001
+
+
+def test_random_numbers_and_prompts_depend_on_seed_step_and_row_alone():
+    config = Config(max_new_tokens=3, prompts=4)
+    both = grpo.draw(config, 1, 5, [2, 7], 4)
+    assert torch.equal(both[1:, :2], grpo.draw(config, 1, 5, [7], 2))  # a larger group only adds draws
+    others = [(config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)]  # step, purpose, seed
+    assert all((both[:1] != grpo.draw(*other, [2], 4)).all() for other in others)
+    rows = [row for step in range(5) for row in grpo.prompt_rows(step, config, 10)]
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]  # in epochs
+
+
+@pytest.mark.parametrize(
+    ("kind", "agg"),
+    [("gpt2", "sequence"), ("gpt2", "mean"), ("gpt2", "token"), ("llama", "mean"), ("gemma2", "sequence")]
+    + [("opt", "token"), ("mixtral", "sequence"), ("granite", "mean"), ("cohere", "token"), ("gpt-neo", "mean")],
+)
+def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg):
+    naive, policy = make_model(kind), make_policy(make_model(kind, attention="grouped" if kind == "llama" else ""))
+    groups = sample_groups(policy, agg)
+    now = [naive_logprobs(naive, group, 0.8) for group in groups]
+    expected = flat(torch.autograd.grad(naive_loss(now, now, now, groups, agg), list(naive.parameters())))
+    padded = [replace(x, tokens=torch.nn.functional.pad(x.tokens, (0, 7), value=22)) for x in groups]
+    for micro, rows, variant in ((999, range(5), groups), (18, [3, 0, 4, 1, 2], padded), (1, [3, 0, 4, 1, 2], groups)):
+        config, gradient = Config(micro_batch=micro, temperature=0.8, device="cpu"), torch.zeros_like(expected)
+        for group, logprobs in zip(variant, now):
+            found = grpo.group_gradient(policy, group, rows, config, gradient)
+            for row, value in zip(found, logprobs):
+                torch.testing.assert_close(row[: len(value)], value.detach(), rtol=0, atol=1e-5)
+        assert relative_error(gradient, expected) < 1e-5
+
+
+def parity(completion: str, answer: str) -> float:
+    """A reward that any policy earns half of the time."""
+    return float(zlib.crc32((completion + answer).encode()) % 2)
+
+
+SETTINGS = dict(steps=10, prompts=3, group=5, eval_every=4, eval_problems=20, save_every=4, lr=1e-3, probe_every=4)
+SETTINGS |= dict(micro_batch=12, device="cpu", dtype="float32", data=LETTERS.test)
+UNMEASURED = dict(geometry_every=0, probe_every=0)
+
+
+def settings(out, **changes) -> Config:
+    """A small run: 10 updates of 3 prompts with 5 completions, everything measured."""
+    return Config(**SETTINGS | changes | {"out": str(out)})
+
+
+def run(out, reward=parity, stop=(), **changes) -> dict[str, float]:
+    return grpo.train(settings(out, **changes), reward=reward, stop=stop)
+
+
+def step_groups(policy: Policy, step: int, config: Config) -> list[Group]:
+    """What the step of a run samples, with rewards and advantages."""
+    problems = grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
+    problems = [problems[row] for row in grpo.prompt_rows(step, config, len(problems))]
+    random = grpo.draw(config, grpo.TRAIN, step, range(config.prompts), config.group)
+    groups = grpo.rollout(policy, [problem.prompt for problem in problems], random, config.temperature)
+    return advantages_of(grpo.score(policy, groups, problems, parity), config.norm, config.agg)
+
+
+def naive_run(config: Config):
+    """The run written out with plain SGD: weights before and after, updates' norms and largest changes of a ratio."""
+    policy, plain = grpo.load_policy(config), AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model)
+    start = {name: master.detach().clone().requires_grad_() for name, master in policy.masters.items()}
+    theta, anchor, norms, changes = start, naive_forward(plain, start), [], []
+    for step in range(config.steps):
+        for name, master in policy.masters.items():
+            master.data.copy_(theta[name])
+        groups = step_groups(policy, step, config)
+        table = lambda forward: [naive_logprobs(forward, x, config.temperature) for x in groups]  # noqa: B023, E731
+        old = None
+        for _ in range(config.epochs):
+            now = table(naive_forward(plain, theta))
+            old = old or now
+            loss = naive_loss(now, old, table(anchor) if config.kl else now, groups, config.agg, config.clip, config.kl)
+            gradient = torch.autograd.grad(loss, list(theta.values()))
+            norms.append(float(flat(gradient).norm()))
+            changes.append(float((flat(sum(now, [])) - flat(sum(old, []))).exp().sub(1).abs().max()))
+            rate = config.lr * (step + 1) / 10 * min(1, (config.max_grad_norm or math.inf) / norms[-1])
+            theta = {name: (t - rate * g).detach().requires_grad_() for (name, t), g in zip(theta.items(), gradient)}
+    return start, theta, norms, changes, plain
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(norm="none", agg="token", probe_every=1),
+        dict(norm="var", agg="mean", temperature=0.8),
+        dict(norm="batch", max_grad_norm=0.05, **UNMEASURED),
+        dict(norm="std", epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0),
+        dict(norm="std", lora=4, epochs=2, clip=0.01, kl=0.3),
+        dict(norm="none", lora=4, probe_every=1, task="arith", model="llama"),
     ],
 )
-def test_geometry_of_vectors_by_hand(vectors, expected):
-    """Both halves alike, so that without the factor of a finite group all is signal."""
-    vectors, G = torch.tensor(vectors, dtype=torch.float64), 3
-    factor = 1 + 1 / (G - 1) ** 2
-    found = grpo.gradient_geometry(vectors @ vectors.T, vectors.square().sum(1) * factor, G)
-    names = ("n_gradients", "cos_abs", "cos_negative", "interference", "cos_signal")
-    for name, value in zip(names, expected, strict=True):
-        assert math.isnan(found[name]) if value is None else found[name] == pytest.approx(value), name
-    assert math.isnan(found["signal_share"]) if expected[1] is None else found["signal_share"] == pytest.approx(1.0)
+def test_a_run_is_the_naive_one(changes, tmp_path):
+    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL, with adapters."""
+    changes |= dict(optimizer="sgd", lr=0.3, steps=2, eval_every=0, eval_problems=2)
+    if "kl" in changes or changes.get("agg") == "mean":
+        changes |= dict(geometry_every=-1, probe_every=-1)  # by default as often as there is something to measure
+    if "model" in changes:
+        changes |= {"model": save_model(changes["model"], tmp_path / "start")}
+    run(tmp_path, **changes)
+    config = settings(tmp_path, **changes)
+    start, theta, norms, ratios, plain = naive_run(config)
+    saved = {name.removeprefix("weights."): x for name, x in load_file(tmp_path / grpo.CHECKPOINT).items()}
+    found, expected = (flat(x[n] - start[n] for n in start) for x in (saved, theta))
+    assert relative_error(found, expected) < 1e-4 and all(("lora" in name) == bool(config.lora) for name in start)
+    assert config.epochs == 1 or max(ratios) > config.clip
+    log = read(tmp_path)[:-1]
+    assert [line["grad_norm"] for line in log] == pytest.approx(np.reshape(norms, (2, -1)).mean(1), rel=1e-4)
+    assert all(line["clipped"] == (config.max_grad_norm == 0.05) and line["logprob_gap"] < 1e-5 for line in log)
+    measured = config.agg != "mean" and not config.kl and bool(config.geometry_every)  # else it is another gradient
+    assert [key in log[0] for key in ("cos_mean", "curvature")] == [measured] * 2
+    ids = torch.arange(20, 60).view(2, 20)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(merged(ids).logits, naive_forward(plain, theta)(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-def test_predicted_gain_by_hand():
-    std = torch.tensor([0.5, 0.25, 0.0])
-    assert grpo.predicted_gain(torch.tensor([1.0, 1.0, 0.0]), std) == pytest.approx(0.5 * (2 + 4) / 2)
-    assert grpo.predicted_gain(torch.tensor([3.0, 3.0]), torch.tensor([0.5, 0.5])) == 1.0
-    assert math.isnan(grpo.predicted_gain(torch.tensor([0.0]), torch.tensor([0.0])))
-    assert math.isnan(grpo.predicted_gain(torch.tensor([-1.0, 0.5]), torch.tensor([0.5, 0.5])))
+def read(out, name: str = "metrics.jsonl") -> list[dict]:
+    """A log, without what the clock says."""
+    clock, lines = ("seconds_rollout", "seconds_update", "tokens_per_second"), (Path(out) / name).read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines.splitlines()]
 
 
-def test_rank_correlation_by_hand():
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert grpo.rank_correlation(x, x.exp()) == pytest.approx(1.0) and grpo.rank_correlation(x, -x) == pytest.approx(
-        -1.0
-    )
-    # ranks 1.5 1.5 3 4 against 1 2 3 4: covariance 4.5, variances 4.5 and 5
-    assert grpo.rank_correlation(torch.tensor([0.0, 0.0, 5.0, 9.0]), x) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert math.isnan(grpo.rank_correlation(torch.ones(3), torch.arange(3.0)))
-    assert math.isnan(grpo.rank_correlation(torch.ones(0), torch.ones(0)))
+def test_bfloat16_weights_follow_float32_masters(tmp_path):
+    config = settings(tmp_path, dtype="bfloat16", optimizer="sgd", lr=1e-3, steps=1, **UNMEASURED)
+    grpo.train(config, reward=parity)
+    policy, gradient = grpo.load_policy(config), torch.zeros(133_728)
+    for group in step_groups(policy, 0, config):
+        grpo.group_gradient(policy, group, list(range(5)), config, gradient)
+    saved, model = load_file(tmp_path / grpo.CHECKPOINT), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found, start = (flat(x.values()) for x in ({n: saved[f"weights.{n}"] for n in policy.masters}, policy.masters))
+    torch.testing.assert_close(found, start - 1e-4 * gradient, rtol=1e-6, atol=1e-8)
+    assert torch.equal(flat(model.parameters()), found.bfloat16()) and (found != start).float().mean() > 0.5
 
 
-def test_sketches_preserve_inner_products_without_bias():
-    tensors = [[torch.randn(3, 50, generator=torch.Generator().manual_seed(i)), torch.randn(7)] for i in (1, 2)]
-    exact = float(sum((a * b).sum() for a, b in zip(*tensors, strict=True)))
-    products = []
-    for seed in range(600):
-        a, b = (grpo.count_sketch(vector, 16, seed) for vector in tensors)
-        products.append(float(a @ b))
-    assert a.shape == (16,) and within(products, exact)
-    alone = grpo.count_sketch(tensors[0], 4096, 5)  # nothing to add up: signs and places only
-    assert alone.norm() ** 2 == pytest.approx(float(sum(t.square().sum() for t in tensors[0])), rel=1e-5)
+# ----------------------------------------------------- measurement ---------------------------------------------------
 
 
-# ------------------------------------------------- curvature of a model ----------------------------------------------
+class LogLinear(torch.nn.Module):
+    """P prompts of a token, K answers of a token, the first one right: softmax(features[x] @ theta), in closed form."""
+
+    def __init__(self, P: int, K: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.features = torch.randn(P, K, 6, dtype=torch.float64, generator=generator)
+        self.theta = torch.nn.Parameter(torch.randn(6, dtype=torch.float64, generator=generator))
+
+    def forward(self, ids, **_):
+        return SimpleNamespace(logits=self.features[ids] @ self.theta.double())
+
+    def closed_form(self, p: int):
+        """Probabilities [K], scores [K, D], gradient [D] and Hessian [D, D] of the expected reward."""
+        probs = torch.softmax(self.features[p] @ self.theta.detach(), -1)
+        scores = self.features[p] - probs @ self.features[p]
+        centred = probs * ((torch.arange(len(probs)) == 0).double() - probs[0])
+        return probs, scores, centred @ scores, torch.einsum("k,ki,kj->ij", centred, scores, scores)
+
+    def measured(self, p: int, actions) -> dict:
+        tokens, zeros = torch.as_tensor(actions)[:, None], torch.zeros(len(actions), 1).double()
+        rewards, ones = (tokens[:, 0] == 0).double(), torch.ones_like(tokens[:, 0])
+        group = Group(torch.tensor([p]), None, tokens, ones, zeros, zeros, None, rewards=rewards, weights=ones)
+        return grpo.measured_gradient(make_policy(self), group, rewards.std(), settings("-"), torch.zeros(6), True)[1]
 
 
-@pytest.fixture(scope="session")
-def prepared(cache, problems):
-    """The tiny model after 60 warm-start steps, with a sampled batch of 40 prompts and 16 completions."""
-    config = Config(sft_steps=60, cache=cache, prompts=40, group=16)
-    policy = grpo.load_policy(config, problems, grpo.Team())
-    encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)
-    return policy, grpo.sample_batch(policy, 0, encoded, even, config), config
+@pytest.mark.parametrize("G", [2, 3, 4])
+def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
+    """Gradient, corrected norm, cosine, signal share, Fisher trace E|grad log pi|^2; curvature, where it can be had."""
+    model, truth, averages, first = LogLinear(2, 3), [], [], (G + 1) // 2
+    for p in range(2):
+        probs, scores, gradient, _ = model.closed_form(p)
+        average = 0.0
+        for actions in itertools.product(range(3), repeat=G):
+            found, halves = model.measured(p, actions), (actions[:first], actions[first:])
+            for own, other, value in zip(halves, halves[::-1], found["curvature"]):
+                assert math.isnan(value) == (len({action == 0 for action in own}) == 1 or len(other) < 2)
+            A, B = found["vectors"].double()
+            whole = (first * A + (G - first) * B) / G
+            values = torch.tensor([found["fisher"], *found["fisher_half"], A @ B, whole @ whole])
+            average += probs[list(actions)].prod() * torch.cat([whole, values])
+        expected = torch.cat([gradient, (probs @ scores.square().sum(1)).expand(3)])
+        torch.testing.assert_close(average[:9], expected, rtol=1e-5, atol=1e-6)
+        truth.append(gradient)
+        averages.append(average)
+    gram, (products, squares) = torch.stack(truth) @ torch.stack(truth).T, torch.stack(averages).T[9:]
+    found = grpo.gradient_geometry(gram - gram.diagonal().diag() + squares.diag(), products, G)
+    expected = [2 * gram[0, 1] / gram.trace(), gram.trace() / squares.sum()]
+    assert [found["cos_signal"], found["signal_share"]] == pytest.approx([float(x) for x in expected], rel=1e-5)
 
 
-def test_the_probe_equals_the_exact_hessian_vector_product(prepared):
-    """Against double backward through full sequences in float64, same samples, same direction."""
-    policy, batch, config = prepared
-    exact = GPT2LMHeadModel(policy.model.config).double().eval()
-    exact.load_state_dict(policy.model.state_dict())
-    exact.set_attn_implementation("eager")
-    parameters, found, wanted = list(exact.parameters()), [], []
-    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
-    for p in range(40):
-        if not batch.rewards[p, grpo.halves(16)[0]].std():
+def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
+    model, errors, truths = LogLinear(300, 5), [], []
+    torch.manual_seed(0)
+    for p in range(300):
+        probs, _, _, hessian = model.closed_form(p)
+        found = model.measured(p, torch.multinomial(probs, 16, replacement=True))
+        for v, curvature in zip(found["vectors"].double(), found["curvature"]):
+            if not math.isnan(curvature):
+                truths.append(float(v @ hessian @ v / (v @ v)))
+                errors.append(curvature - truths[-1])
+    scaled = np.array(errors) * truths  # neither shifted nor scaled; that all estimates are 0 would be seen
+    assert within(errors, 0.0) and within(scaled, 0.0) and not within(scaled + np.square(truths), 0.0, 6)
+
+
+@pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
+def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
+    """Halves' gradients, Fisher traces, and the exact Hessian-vector product in float64; adapters start as nothing."""
+    config = settings("-", group=8, prompts=10, dtype=dtype, lora=lora)
+    policy, curvatures = grpo.load_policy(config), []
+    plain = AutoModelForCausalLM.from_pretrained(LETTERS.model, dtype=config.dtype, attn_implementation="eager")
+    both = (step_groups(x, 0, config) for x in (policy, grpo.load_policy(replace(config, lora=0))))
+    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(*both)) and policy.parameters[0].dtype == torch.float32
+    torch.manual_seed(0)
+    for name, master in policy.masters.items():
+        master.data += 0.05 * torch.randn(master.shape) * ("lora_B" in name)
+    theta = {name: master.detach().double().requires_grad_() for name, master in policy.masters.items()}
+    forward = naive_forward(plain.double(), theta)
+
+    def gradient(value, again: bool = False):
+        found = torch.autograd.grad(value, list(theta.values()), retain_graph=True, create_graph=again)
+        return torch.cat([g.flatten() for g in found])
+
+    for group in step_groups(policy, 0, config):
+        r = group.rewards
+        _, found = grpo.measured_gradient(policy, group, r.std(), config, torch.zeros(sum(policy.sizes)), True)
+        if r[:4].std() == 0:
             continue
-        measured = grpo.Measured.of(policy, batch, config)
-        grpo.measured_backward(policy, batch, p, weights, config, measured, True)
-        policy.model.zero_grad(set_to_none=False)
-        rows = grpo.halves(16)[1]
-        rewards = batch.rewards[p, rows]
-        advantages = (rewards - rewards.mean()) * 8 / 7
-        tokens, lengths = batch.sampled.tokens[p, rows], batch.sampled.lengths[p, rows]
-        prompt = torch.tensor(batch.prompts[p]).expand(8, -1)
-        logits = exact(torch.cat([prompt, tokens], 1), use_cache=False).logits[:, prompt.shape[1] - 1 : -1]
-        logprobs = torch.log_softmax(logits, -1).gather(2, tokens[..., None])[..., 0]
-        sums = (logprobs * (torch.arange(tokens.shape[1]) < lengths[:, None])).sum(1)
-        surrogate = (advantages * (sums - sums.detach()).exp()).mean()
-        direction = measured.gradients[p, 0].double() / measured.gradients[p, 0].double().norm()
-        first = torch.cat([g.flatten() for g in torch.autograd.grad(surrogate, parameters, create_graph=True)])
-        second = torch.autograd.grad(first @ direction, parameters)
-        wanted.append(float(torch.cat([g.flatten() for g in second]) @ direction))
-        found.append(float(measured.curvature[p, 0]))
-    found, wanted = np.array(found), np.array(wanted)
-    assert len(found) >= 32 and np.isfinite(found).all()
-    assert np.corrcoef(found, wanted)[0, 1] >= 0.999
-    assert (found[wanted == 0] == 0).all()  # where all of the other half were rewarded alike
-    assert np.median(np.abs(found[wanted != 0] / wanted[wanted != 0] - 1)) <= 0.02
+        sums = torch.stack([logprobs.sum() for logprobs in naive_logprobs(forward, group)])
+        halves = sums.view(2, 4), (r - (r.sum() - r) / 7).view(2, 4)
+        wanted = [gradient((A * s).mean()) for s, A in zip(*halves)]
+        assert all(relative_error(v, g) < close for v, g in zip(found["vectors"], wanted))
+        fisher = [len(s) * float(gradient(s.mean()).square().sum()) for s in (sums, *halves[0])]
+        assert [found["fisher"], *found["fisher_half"]] == pytest.approx(fisher, rel=2 * close)
+        v, own = found["vectors"][0].double() / found["vectors"][0].norm(), (r[4:] - r[4:].mean()) * 4 / 3
+        surrogate = (own * (sums[4:] - sums[4:].detach()).exp()).mean()
+        curvatures.append((found["curvature"][0], float(gradient(gradient(surrogate, True) @ v) @ v)))
+    found, wanted = np.array(curvatures).T
+    assert len(found) > 3 and np.corrcoef(found, wanted)[0, 1] > 0.999
+    assert np.median(np.abs(found - wanted) / np.abs(wanted).mean()) < 0.02
 
 
-def test_measured_gradients_are_the_leave_one_out_prompt_gradients(prepared):
-    """And the halves add up to the training gradient, with prompts weighted by their scale."""
-    policy, batch, config = prepared
-    weights, p = grpo.token_weights(batch.sampled.lengths, "token"), 0
-    while not batch.advantages[p].any():
-        p += 1
-    measured = grpo.Measured.of(policy, batch, config)
-    grpo.measured_backward(policy, batch, p, weights, config, measured, False)
-    trained = flat_gradient(policy.model.parameters())
-    policy.model.zero_grad(set_to_none=False)
-    rewards, tokens, lengths = batch.rewards[p], batch.sampled.tokens[p], batch.sampled.lengths[p]
-    expected = []
-    for rows in (range(8), range(8, 16)):
-        total = 0.0
-        for i in rows:
-            others = (rewards.sum() - rewards[i]) / 15
-            total = (
-                total
-                + (rewards[i] - others)
-                * naive_logprobs(policy.model, batch.prompts[p], tokens[i, : lengths[i]].tolist()).sum()
-            )
-        gradient = torch.autograd.grad(total / 8, list(policy.model.parameters()))
-        expected.append(torch.cat([g.flatten() for g in gradient]))
-        assert relative_error(measured.gradients[p, len(expected) - 1], expected[-1]) < 1e-5
-    scale = float(batch.advantages[p].abs().max() / (rewards - rewards.mean()).abs().max())
-    update = (
-        -(expected[0] + expected[1])
-        / 2
-        * 15
-        / 16
-        * scale
-        * 16
-        / lengths.shape[0]
-        * 16
-        / int(batch.sampled.lengths.sum())
-    )
-    assert relative_error(trained, update) < 1e-5
+def test_the_description_of_a_measured_step_by_hand():
+    """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like them."""
+    vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    groups = [SimpleNamespace(rewards=torch.zeros(3), feature=vector) for vector in vectors]
+    found = [{"vectors": vector.expand(2, 2)} for vector in vectors]
+    line, columns = grpo.describe_measured(groups, torch.tensor([2.0, 1.0]).double(), found, True)
+    assert columns["cos_update"].tolist() == pytest.approx([5 / 41**0.5, 31 / (5 * 41**0.5)])
+    assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
 
 
-def test_the_correction_makes_small_groups_agree_with_large_ones(prepared, problems):
-    """Squared norm and cosine of 12 prompts from groups of 16, 30 draws, and of 512, three draws."""
-    policy, _, config = prepared
-    encoded = grpo.encode_problems(problems, policy.model, policy.tokenizer, config)[:12]
-    found = {}
-    for G, draws in ((16, 30), (512, 3)):
-        config = replace(config, group=G, prompts=12, micro_batch=4096)
-        rows = []
-        for step in range(draws):
-            batch = grpo.sample_batch(policy, step, encoded, even, config)
-            weights, measured = (
-                grpo.token_weights(batch.sampled.lengths, "sequence"),
-                grpo.Measured.of(policy, batch, config),
-            )
-            for p in range(12):
-                if batch.advantages[p].any():
-                    grpo.measured_backward(policy, batch, p, weights, config, measured, False)
-                    policy.model.zero_grad(set_to_none=False)
-            order = np.argsort(batch.ids)
-            halves = measured.gradients[order].double()
-            gram = halves.mean(1) @ halves.mean(1).T
-            signal = float((halves[:, 0] * halves[:, 1]).sum(1).mean()) / (1 + 1 / (G - 1) ** 2)
-            rows.append((signal, float(gram.trace()) / 12, float(gram.sum() - gram.trace()) / (12 * 11)))
-        found[G] = np.array(rows)
-    small, large = found[16], found[512].mean(0)
-    assert within(small[:, 0], large[0]) and not within(small[:, 1], large[0])
-    # A ratio of means differs from the truth by the mean of what is left over, to first order.
-    truth = large[2] / large[0]
-    assert within(small[:, 2] - truth * small[:, 0], 0.0) and not within(small[:, 2] - truth * small[:, 1], 0.0)
+# -------------------------------------------------------- runs --------------------------------------------------------
 
 
-def test_sketched_cosines_of_real_gradients_are_within_two_hundredths(prepared):
-    policy, batch, config = prepared
-    measured = grpo.Measured.of(policy, batch, config)
-    weights = grpo.token_weights(batch.sampled.lengths, "sequence")
-    for p in range(40):
-        if batch.advantages[p].any():
-            grpo.measured_backward(policy, batch, p, weights, config, measured, False)
-            policy.model.zero_grad(set_to_none=False)
-    whole = measured.gradients.sum(1)
-    whole = whole[whole.norm(dim=1) > 0]
-    shapes = [parameter.shape for parameter in policy.model.parameters()]
-    sketches = []
-    for vector in whole:
-        parts = vector.split([math.prod(shape) for shape in shapes])
-        sketches.append(
-            grpo.count_sketch([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], 65536, 0)
-        )
-    pairs = torch.ones(len(whole), len(whole)).triu(1).bool()
-    exact, sketched = (torch.nn.functional.normalize(x) for x in (whole, torch.stack(sketches)))
-    error = ((exact @ exact.T).abs() - (sketched @ sketched.T).abs()).abs()[pairs]
-    assert len(whole) > 30 and float((error < 0.02).double().mean()) >= 0.95
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The run that others are compared with."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(out)
+    return out
 
 
-def test_where_rounding_would_drown_the_curvature_there_is_none():
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(parameters):
-        return -500.0 + 1e-4 * torch.randn(4, generator=generator)
-
-    def long(parameters):  # sums too long for float32
-        return -1e6 + parameters["a"].sum().repeat(4)
-
-    theta, v = {"a": torch.zeros(3)}, {"a": torch.ones(3)}
-    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    assert math.isnan(grpo.directional_curvature(noise, theta, v, advantages, 1.0))
-    assert math.isnan(grpo.directional_curvature(long, theta, v, advantages, 1.0))
-    assert math.isnan(grpo.directional_curvature(long, theta, {"a": torch.zeros(3)}, advantages, 1.0))
-
-
-@pytest.mark.parametrize("slope", [1e-3, 1.0, 1e3])
-def test_the_probe_finds_its_own_step(slope):
-    """log pi_i = c_i t + d_i t^2 / 2 along v: mean A (c^2 + d) by hand, whatever the first guess of the step."""
-    c, d = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.0, -4.0])
-    curve = lambda parameters: c * parameters["a"][0] + d * parameters["a"][0] ** 2 / 2 - 1  # noqa: E731
-    advantages = torch.tensor([1.0, 2.0, -0.5])
-    found = grpo.directional_curvature(curve, {"a": torch.zeros(2)}, {"a": torch.tensor([5.0, 0.0])}, advantages, slope)
-    assert found == pytest.approx((1.5 + 2 * 4.0 - 0.5 * 5) / 3, rel=0.01)
-
-
-def test_what_measuring_adds_to_the_logs(train, settings):
-    train(Config(**settings, probe_every=4))
-    metrics, prompts = read(settings["out"]), read(settings["out"], "prompts.jsonl")
-    keys = {"n_gradients", "cos_abs", "cos_negative", "interference", "signal_share", "cos_signal", "predicted_gain",
-            "predicted_gain_signal"}  # fmt: skip
-    assert all(keys <= set(row) for row in metrics[:-1])
-    assert (
-        [row["step"] for row in metrics if "curvature" in row]
-        == [0, 4, 8]
-        == [row["step"] for row in metrics if "curvature_corr" in row]
-    )
-    for row in prompts:
-        assert {"grad_norm", "cos_update", "grad_sq_signal"} <= set(row) and ("curvature" in row) == (
-            row["step"] % 4 == 0
-        )
-        assert (row["grad_norm"] > 0) == (row["reward_std"] > 0) and (row["cos_update"] is None) == (
-            row["reward_std"] == 0
-        )
-        rates = row.get("pass_rate_half", [])
-        assert not rates or (3 * rates[0] + 2 * rates[1]) / 5 == pytest.approx(row["pass_rate"])
-        for curvature, std, rate in zip(row.get("curvature", []), row.get("reward_std_half", []), rates, strict=True):
-            assert (curvature is None) == (std == 0) and std == pytest.approx((rate * (1 - rate)) ** 0.5)
-    for step, line in enumerate(metrics[:-1]):
-        mine = [row for row in prompts if row["step"] == step]
-        assert line["n_gradients"] == sum(row["reward_std"] > 0 for row in mine)
-        if line["n_gradients"] >= 2:
-            squares = [row["grad_norm"] ** 2 for row in mine]
-            assert line["signal_share"] == pytest.approx(sum(row["grad_sq_signal"] for row in mine) / sum(squares))
-            gain = (
-                0.5 * sum(row["grad_norm"] ** 2 / row["reward_std"] for row in mine if row["reward_std"]) / sum(squares)
-            )
-            assert line["predicted_gain"] == pytest.approx(gain)
-
-
-def test_the_probe_leaves_the_training_as_it_was(train, settings):
-    ends = []
-    for every in (4, 1000):
-        out = f"{settings['out']}-{every}"
-        train(Config(**settings | {"probe_every": every, "out": out}))
-        ends.append(load_file(Path(out) / "model" / "model.safetensors"))
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-@pytest.mark.parametrize("changed", [{"agg": "mean"}, {"kl": 0.1}])
-def test_where_the_loss_is_another_there_is_no_geometry(train, settings, changed):
-    train(Config(**settings | {"steps": 1} | changed))
-    line, row = read(settings["out"])[0], read(settings["out"], "prompts.jsonl")[0]
-    assert line["grad_norm"] > 0 and not {"cos_abs", "curvature", "n_gradients", "cos_update"} & (set(line) | set(row))
-
-
-def test_measuring_can_be_turned_off(train, settings):
-    train(Config(**settings | {"steps": 2, "geometry_every": 0, "probe_every": 0}))
-    assert not {"cos_abs", "curvature"} & set(read(settings["out"])[0])
-
-
-@pytest.mark.parametrize("group", [2, 3, 5])
-def test_small_and_odd_groups_are_measured_as_far_as_they_can_be(train, settings, group):
-    train(Config(**settings | {"group": group, "steps": 3, "prompts": 8, "probe_every": 1}))
-    rows = [row for row in read(settings["out"], "prompts.jsonl") if row["reward_std"] > 0]
-    sizes = [group // 2, (group + 1) // 2]  # of the half that the curvature is measured on
-    for half, size in enumerate(sizes):
-        mixed = [row["reward_std_half"][half] > 0 for row in rows]
-        assert [row["curvature"][half] is not None for row in rows] == [m and size > 1 for m in mixed]
-
-
-# ------------------------------------------------------- faults ------------------------------------------------------
-
-
-def assert_same_run(out: str, whole: str) -> None:
+def assert_same_run(out, other) -> None:
     """Logs, weights and moments of the one equal those of the other, to the bit."""
-    for name in grpo.LOGS:
-        assert read(out, name) == read(whole, name)
-    ours, theirs = (load_file(Path(path) / "checkpoint" / "state.safetensors") for path in (out, whole))
+    assert all(read(out, name) == read(other, name) for name in grpo.LOGS)
+    ours, theirs = (load_file(Path(path) / grpo.CHECKPOINT) for path in (out, other))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def signalling(number: int, after: int, times: int = 1):
-    """A reward that sends this process a signal at its `after`-th call."""
-    calls = SimpleNamespace(left=after)
-
-    def reward(completion, answer):
-        calls.left -= 1
-        for _ in range(times if calls.left == 0 else 0):
-            os.kill(os.getpid(), number)
-            time.sleep(0.05)  # two at once would count as one
-        return even(completion, answer)
-
-    return reward
+KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated grad_norm clipped
+    skipped logprob_gap lr"""
+MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small cos_abs interference signal_share cos_signal
+    feature_cos feature_cos_centered"""
+PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher", "fisher_half"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(train, settings, number, status, capfd):
-    settings["eval_every"] = 0
-    train(Config(**settings | {"out": settings["out"] + "-whole"}))
-    before = signal.getsignal(number)
-    with pytest.raises(grpo.Interrupted, match="--resume") as stopped:  # 40 rewards of the evaluation, 15 a step
-        train(Config(**settings), reward=signalling(number, 40 + 15 * 5 + 7))
-    assert stopped.value.status == status and signal.getsignal(number) == before
-    assert len(read(settings["out"])) == 6 and "stopping after this step" in capfd.readouterr().err
-    train(Config(**settings | {"resume": True}))
-    assert_same_run(settings["out"], settings["out"] + "-whole")
-
-
-def test_a_second_ctrl_c_stops_at_once(train, settings):
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background shells have it ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(Config(**settings), reward=signalling(signal.SIGINT, 40 + 15 + 7, times=2))
-    finally:
-        signal.signal(signal.SIGINT, former)
-    assert len(read(settings["out"])) == 1
-
-
-@slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_line_says_how_to_resume(number, status, tmp_path, cache):
-    out = tmp_path / "run"
-    line = [
-        sys.executable,
-        grpo.__file__,
-        "--out",
-        str(out),
-        "--cache",
-        cache,
-        "--sft-steps",
-        "60",
-        "--eval-problems",
-        "9",
-    ]
-    process = subprocess.Popen([*line, "--steps", "5000"], stderr=subprocess.PIPE, text=True)
-    while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
-        time.sleep(0.1)
-        assert process.poll() is None
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status and "--resume goes on from there" in error and "Traceback" not in error
-    done = len(read(out))
-    assert subprocess.run([*line, "--steps", str(done + 1), "--resume"]).returncode == 0
-    assert [row["step"] for row in read(out)] == list(range(done + 2))
-
-
-def forked_run(settings: dict) -> None:
-    """A run in a process of its own; nothing printed."""
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    grpo.train(Config(**settings), grpo.make_arith(1, size=300)[0], even)
-
-
-@pytest.mark.parametrize(("kills", "steps"), [(2, 10), pytest.param(50, 30, marks=slow)])
-def test_killed_at_random_moments_a_run_resumes_to_the_bit(settings, kills, steps):
-    """SIGKILL at seeded moments, until `kills` of them have hit; a checkpoint is written at every second step."""
-    server = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, and done no more
-    server.set_forkserver_preload(["grpo", "test_grpo"])
-
-    def started(**changes):
-        process = server.Process(target=forked_run, args=(settings | changes,))
-        process.start()
-        return process
-
-    settings |= {"save_every": 2, "steps": steps}
-    for name in ("first", "whole"):  # the second for its duration, with all that the first has to prepare
-        began = time.perf_counter()
-        started(out=f"{settings['out']}-{name}").join()
-    length, rng, hits, runs = time.perf_counter() - began, np.random.default_rng(kills), 0, 0
-    while hits < kills:
-        runs += 1
-        out, resume = f"{settings['out']}-{runs}", False
-        while True:
-            process = started(out=out, resume=resume)
-            process.join(rng.uniform(0, length) if hits < kills else None)
-            if process.exitcode is not None:
-                break
-            process.kill()
-            process.join()
-            hits += 1
-            resume = (Path(out) / "config.json").exists()
-        assert process.exitcode == 0
-        assert_same_run(out, f"{settings['out']}-whole")
-
-
-@contextmanager
-def files_no_longer_than(size: int):
-    """A disk that is full, as a limit on the size of a file that is written."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-
-
-def test_a_full_disk_is_one_line_and_costs_nothing(train, settings):
-    train(Config(**settings | {"out": settings["out"] + "-whole"}))
-    checkpoint = Path(settings["out"]) / "checkpoint" / "state.safetensors"
-    train(Config(**settings | {"steps": 4}))
-    first = checkpoint.read_bytes()
-    # Enough for the logs, not for a checkpoint; then not for the logs.
-    for size, message in (
-        (len(first) // 2, "cannot write a checkpoint in .*; the previous one is whole"),
-        (
-            (Path(settings["out"]) / "prompts.jsonl").stat().st_size,
-            "cannot write .*(metrics|prompts).jsonl: File too large",
-        ),
+def test_what_a_run_leaves(whole):
+    assert {x.name for x in whole.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
+    metrics, samples = read(whole), read(whole, "samples.jsonl")
+    evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
+    assert set(metrics[1]) == {*KEYS.split(), *MEASURES.split()} == set(metrics[8]) - evaluation - {"curvature"}
+    assert set(metrics[10]) == evaluation | {"step"} and [row["step"] for row in metrics] == list(range(11))
+    assert [row["step"] for row in metrics if evaluation & set(row)] == [0, 4, 8, 10]
+    assert len(samples) == 16 and set(samples[0]) == {"step", "question", "completion", "answer", "reward"}
+    assert all(row["reward"] == parity(row["completion"], row["answer"]) for row in samples)
+    saved, model = load_file(whole / grpo.CHECKPOINT), AutoModelForCausalLM.from_pretrained(whole / "model")
+    assert all(torch.equal(p, saved[f"weights.{name}"]) for name, p in model.named_parameters())
+    lines, rows = pd.DataFrame(metrics), pd.DataFrame(read(whole, "prompts.jsonl"))
+    lines, std = lines[:-1], (rows.pass_rate * (1 - rows.pass_rate)) ** 0.5
+    steps = rows.assign(mixed=std > 0, square=rows.grad_norm**2).groupby("step")
+    for name, expected in (
+        (rows.reward_std, std),
+        (rows.scale, np.where(std > 0, 1 / (std + 1e-6), 0)),
+        (lines.pass_rate, steps.pass_rate.mean()),
+        (lines.n_gradients, steps.mixed.sum()),
+        (lines.signal_share, (steps.grad_sq_signal.sum() / steps.square.sum()).where(steps.mixed.sum() > 1)),
     ):
-        with files_no_longer_than(size), pytest.raises(RunError, match=f"^{message}.*$"):
-            train(Config(**settings | {"resume": True}))
-        assert checkpoint.read_bytes() == first and [path.name for path in checkpoint.parent.iterdir()] == [
-            checkpoint.name
-        ]
-    train(Config(**settings | {"resume": True}))
-    assert_same_run(settings["out"], settings["out"] + "-whole")
+        np.testing.assert_allclose(name.astype(float), expected, rtol=1e-6, atol=1e-9)
+    assert ((rows.grad_norm > 0) == (std > 0)).all() and (rows.cos_update.notna() == (std > 0)).all()
+    probed = rows[rows.step % 4 == 0]
+    assert rows[PROBES].notna().all(axis=1).equals(rows.step % 4 == 0) and (probed.fisher > 0).all()
+    found, deviations, rates = (np.array(probed[name].tolist(), float) for name in PROBES[:3])
+    np.testing.assert_allclose(rates @ [0.6, 0.4], probed.pass_rate)
+    np.testing.assert_allclose(deviations, (rates - rates**2) ** 0.5)
+    np.testing.assert_allclose(lines.curvature[::4], [np.nanmean(x) for x in found.reshape(3, 6)])
 
 
-def test_logits_that_are_not_numbers_skip_the_step(train, settings, monkeypatch):
-    count, whole = SimpleNamespace(rollouts=0), grpo.rollout
-
-    def spoiled(policy, prompts, uniforms, temperature):
-        count.rollouts += temperature > 0
-        if count.rollouts == 3 + 3:  # one is the model's check, two are the evaluation's
-            with monkeypatch.context() as patch:
-                patch.setattr(grpo, "sample_tokens", lambda logits, *more: sample_tokens(logits * math.nan, *more))
-                return whole(policy, prompts, uniforms, temperature)
-        return whole(policy, prompts, uniforms, temperature)
-
-    sample_tokens = grpo.sample_tokens
-    monkeypatch.setattr(grpo, "rollout", spoiled)
-    train(Config(**settings | {"eval_every": 0}))
-    metrics = read(settings["out"])
-    assert [row["skipped"] for row in metrics[:-1]] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
-    assert metrics[2]["entropy"] is None and metrics[2]["grad_norm"] is None and metrics[-1]["eval_greedy"] is not None
+def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch):
+    """Prompts and the first rollouts; the probe changes no gradient, and sketched cosines are close."""
+    run(tmp_path / "none", norm="none", **UNMEASURED)
+    monkeypatch.setattr(grpo, "SMALL", 0)
+    run(tmp_path / "sketch", geometry_every=1, probe_every=0)
+    paths = (whole, tmp_path / "none", tmp_path / "sketch")
+    std, none, sketch = (pd.DataFrame(read(out)[:-1]) for out in paths)
+    prompts = [[row["prompt"] for row in read(out, "prompts.jsonl")] for out in paths]
+    assert prompts[0] == prompts[1] and "cos_mean" not in none and "curvature" not in sketch
+    assert all(none[key][0] == std[key][0] for key in ("reward", "entropy", "length", "eval_reward"))
+    assert none.grad_norm[0] != std.grad_norm[0] and none.entropy[9] != std.entropy[9]
+    np.testing.assert_allclose(sketch.cos_mean, std.cos_mean, atol=0.02)
+    ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in paths[::2])
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_reward_that_hangs_names_the_completion(train, settings):
-    def hanging(completion, answer):
-        time.sleep(60)
+def at_call(number: int, act):
+    """The reward, which at its call of this number acts first."""
+    calls = itertools.count(1)
+    return lambda *texts: (next(calls) == number and act()) or parity(*texts)
 
+
+RECEIVED = []  # signals
+
+
+@pytest.mark.parametrize(
+    ("changes", "call", "act", "steps"),
+    [
+        ({}, 40 + 75 + 40 + 33, sys.exit, 7),
+        ({}, 40 + 2 * 15 + 7, lambda: RECEIVED.append(signal.SIGTERM), 3),
+        (dict(optimizer="sgd", lora=4, steps=4), 60, sys.exit, 1),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_bit(whole, changes, call, act, steps, tmp_path):
+    """At a reward, of 40 an evaluation and 15 a step; or, where there was a signal, after the step."""
+    out, other = tmp_path / "run", tmp_path / "whole" if changes else whole
+    if changes:
+        run(other, **changes)
+    RECEIVED.clear()
+    with pytest.raises((SystemExit, RunError)) as stopped:
+        run(out, at_call(call, act), RECEIVED, **changes)
+    assert not RECEIVED or (stopped.value.status == 143 and "--resume goes on" in str(stopped.value))
+    assert len(read(out)) == steps
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # killed while writing
+    run(out, resume=True, **changes)
+    assert_same_run(out, other)
+
+
+def test_a_run_begins_anew_where_none_began_and_a_finished_one_goes_on(whole, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.tmp").write_text("half a checkpoi")  # killed while it began
+    run(tmp_path, steps=5)
+    run(tmp_path, resume=True, save_every=7)
+    assert_same_run(tmp_path, whole)
+    run(tmp_path, resume=True, steps=11, micro_batch=6, eval_every=3)  # after running out of memory, say
+    assert [row["step"] for row in read(tmp_path) if "eval_reward" in row] == [0, 4, 8, 11]
+
+
+FOREIGN = {"state": json.dumps({"step": 1, "skipped": 0, "logs": {}, "config": {}})}
+HARM = [  # what happens to the files, settings of the resuming run, what is said
+    (lambda out: None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
+    (lambda out: None, dict(norm="none", lr=2e-3), "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002"),
+    (lambda out: None, dict(steps=3), "10 steps.* already, more than --steps 3"),
+    (lambda out: os.truncate(out / grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
+    (lambda out: save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, FOREIGN), {}, "state.safetensors: .* tensor"),
+    (lambda out: os.truncate(out / "prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
+]
+
+
+@pytest.mark.parametrize(("harm", "changes", "message"), HARM)
+def test_what_cannot_be_resumed_is_named_and_left_as_it_is(whole, tmp_path, harm, changes, message):
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    harm(copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message):
+        run(copy, **dict(resume=True) | changes)
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(whole, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(grpo.TASKS, "letters", LETTERS._replace(reward=parity))
+    run(tmp_path, steps=5)
+    checkpoint, former = tmp_path / grpo.CHECKPOINT, resource.getrlimit(resource.RLIMIT_FSIZE)
+    first = checkpoint.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) // 2, former[1]))
+    status = command(settings(tmp_path, resume=True))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert status == 1 and re.search("^grpo.py: stopped: .*File too large.*\n\\Z", capsys.readouterr().err, re.M)
+    assert checkpoint.read_bytes() == first and list(checkpoint.parent.iterdir()) == [checkpoint]
+    run(tmp_path, resume=True)
+    assert_same_run(tmp_path, whole)
+
+
+def command(arguments) -> int:
+    """Exit status of the command line, of these arguments or settings."""
+    if isinstance(arguments, Config):
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(arguments).items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+        try:
+            return grpo.main(arguments)
+        except SystemExit as end:
+            return end.code
+
+
+@pytest.mark.parametrize(("last", "ends"), [(2, nullcontext()), (6, pytest.raises(RunError, match="5 steps in a row"))])
+def test_logits_that_are_not_numbers_skip_the_step_and_five_in_a_row_end_the_run(last, ends, tmp_path, monkeypatch):
+    sample, rows, steps = grpo.sample_tokens, grpo.prompt_rows, [0]
+    monkeypatch.setattr(grpo, "prompt_rows", lambda step, *more: steps.append(step) or rows(step, *more))
+    spoiled = lambda logits, *more: sample(logits * (math.nan if 2 <= steps[-1] <= last else 1), *more)  # noqa: E731
+    monkeypatch.setattr(grpo, "sample_tokens", spoiled)
+    with ends:
+        run(tmp_path, steps=8, eval_every=0)
+    log = [row for row in read(tmp_path) if "skipped" in row]
+    for sign in (lambda row: row["skipped"], lambda row: row["grad_norm"] is row["entropy"] is None):
+        assert [row["step"] for row in log if sign(row)] == list(range(2, last + 1))
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / grpo.CHECKPOINT).values())
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [(lambda *_: 1 / 0, "division by zero"), (lambda *_: math.nan, "finite"), (lambda *_: None, "TypeError")],
+)
+def test_a_reward_that_fails_names_completion_and_answer(reward, message, tmp_path):
+    with pytest.raises(RunError, match=f"{message}.*'[0-9]*'.*answer='[0-9]{{3}}'"):
+        run(tmp_path, reward)
+
+
+def test_rewards_outside_zero_and_one_have_no_pass_rate(tmp_path):
+    run(tmp_path, lambda *x: 3 * parity(*x) - 1, steps=1, eval_problems=4)
+    line, final = read(tmp_path)
+    assert line["pass_rate"] is line["eval_pass_rate"] is final["eval_greedy"] is None
+    assert line["eval_reward"] == np.mean([row["reward"] for row in read(tmp_path, "samples.jsonl")[:4]])
+    rates = grpo.pass_rates(torch.tensor([[0.0, 1.0, 0.5, 1.0], [0.0, 2.0, 1.0, 1.0]]))
+    np.testing.assert_equal(rates.numpy(), [0.5, math.nan])
+
+
+# ----------------------------------------------------- processes -----------------------------------------------------
+
+
+def process(config: Config, rank: int, size: int, port: int, dies: bool) -> None:
+    """One of the processes that torchrun would start; the last one may die."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    reward = at_call(60 if dies and rank == size - 1 else -1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    grpo.TASKS["letters"] = LETTERS._replace(reward=reward)
+    sys.exit(command(config))
+
+
+def start(config: Config, size: int = 1, dies: bool = False) -> list:
+    server = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, and done no more
+    server.set_forkserver_preload(["test_grpo", "peft"])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [server.Process(target=process, args=(config, rank, size, port, dies)) for rank in range(size)]
+    for each in processes:
+        each.start()
+    return processes
+
+
+def statuses(processes) -> list[int]:
+    for each in processes:
+        each.join(120)
+        each.kill()
+    return [each.exitcode for each in processes]
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(1, 10), pytest.param(50, 20, marks=slow)])
+def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_path):
+    """SIGKILL at seeded moments, until `kills` of them have hit; a checkpoint is written at every second step."""
+    config = settings(tmp_path / "whole", save_every=2, steps=steps)
+    assert statuses(start(replace(config, steps=0))) == [0]  # with all that there is to prepare
     began = time.perf_counter()
-    with pytest.raises(RunError, match="no answer within 0.2 seconds.* on completion '.*', answer '[0-9]{4}'"):
-        train(Config(**settings | {"reward_timeout": 0.2}), reward=hanging)
-    assert time.perf_counter() - began < 20 and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert statuses(start(replace(config, resume=True))) == [0]
+    length, rng = time.perf_counter() - began, np.random.default_rng(kills)
+    while kills:
+        out, status = tmp_path / str(kills), None
+        while status is None:
+            (running,) = start(replace(config, out=str(out), resume=(out / grpo.CHECKPOINT).exists()))
+            running.join(rng.uniform(0, length) if kills else None)
+            status, kills = running.exitcode, kills - (running.exitcode is None)
+            running.kill()
+            running.join()
+        assert status == 0
+        assert_same_run(out, config.out)
+        shutil.rmtree(out)
 
 
-class Marker:
-    """Unpickled it leaves a file behind."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
+MORE = [dict(norm="none", agg="mean"), dict(norm="var", kl=0.1, epochs=2), dict(lora=4, lr=1.0)]
 
 
-def test_no_code_of_a_model_is_executed(train, settings, tmp_path):
-    mark, folder = tmp_path / "executed", tmp_path / "model"
-    model, tokenizer = grpo.tiny_model()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    foreign = {"model_type": "foreign", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
-    (folder / "config.json").write_text(json.dumps(foreign))
-    (folder / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
-    with pytest.raises(InputError, match="cannot load model"):
-        train(Config(**settings | {"model": str(folder), "sft_steps": 0}))
-    model.save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
-    with (folder / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"weight": Marker(mark)}, file)
-    with pytest.raises(InputError, match="cannot load model"):
-        train(Config(**settings | {"model": str(folder), "sft_steps": 0}))
-    assert not mark.exists()
+@pytest.mark.parametrize(
+    ("sizes", "changes"), [("12", dict(norm="batch", agg="token")), *(pytest.param("123", x, marks=slow) for x in MORE)]
+)
+def test_the_number_of_processes_changes_nothing(sizes, changes, tmp_path):
+    """The same tokens at every step, so the same logs but for rounding, and the same weights."""
+    changes = dict(steps=5, prompts=4, optimizer="sgd", lr=0.1, probe_every=2) | changes
+    paths = [tmp_path / size for size in sizes]
+    for path in paths:
+        assert {*statuses(start(settings(path, **changes), int(path.name)))} == {0}
+    for path in paths[1:]:
+        assert read(path, "samples.jsonl") == read(paths[0], "samples.jsonl")
+        for name in grpo.LOGS[:2]:
+            ours, theirs = (pd.DataFrame(read(out, name)) for out in (path, paths[0]))
+            exact = {"reward", "length", "prompt", "pass_rate"}
+            for key in {*KEYS.split(), *MEASURES.split(), *exact, "fisher", "cos_update"} & {*theirs} - {"logprob_gap"}:
+                a, b = (x[key].astype(float) for x in (ours, theirs))
+                np.testing.assert_allclose(a, b, *((1e-12, 0) if key in exact else (1e-2, 1e-4)))
+        ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in (path, paths[0]))
+        assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes_with_another_number(tmp_path, monkeypatch):
+    config = settings(tmp_path / "run", prompts=3, save_every=2, eval_every=0, optimizer="sgd", **UNMEASURED)
+    assert statuses(start(config, 3, dies=True)) == [1, 1, -signal.SIGKILL]
+    assert statuses(start(replace(config, resume=True), 2)) == [0, 0]
+    run(tmp_path / "whole", prompts=3, eval_every=0, optimizer="sgd", **UNMEASURED)
+    ours, theirs = ([row.get("reward") for row in read(tmp_path / out)] for out in ("run", "whole"))
+    assert ours == theirs and len(ours) == 11
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="3 prompts a step are too few for 4 processes"):
+        run(tmp_path / "other")
+
+
+# ------------------------------------------------- tasks and rewards -------------------------------------------------
+
+GRADES = r"""
+18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18 ¦ #### 18 dollars ¦ #### The answer is 18
+18 ✓ #### **18** ¦ #### 10 + 8 = 18 ¦ I think 12, no, 18. ‖ 18 ✗ #### 17 or 18 ¦ #### ¦ nothing ¦  ¦ 180 ¦ \boxed{18
+17 ✗ \boxed{17} \boxed{18 ‖ 12 ✗ I think 12, no, 18. ¦ #### 1,2 ‖ 7 ✓ #### +7 ¦ so \fbox{7} of 8 ✗ #### -7
+-7 ✓ #### -7 ¦ #### −7 ¦ #### - 7 ¦ #### -$7 ¦ #### $-7 ‖ 1200 ✓ #### $1,200 ¦ It costs $1,200. ‖ 200 ✗ #### $1,200
+1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1 ‖ 1234.5 ✓ \boxed{\$1,234.50} ‖ 7.5 ✓ \boxed{\$7.50}
+10000 ✓ \boxed{10,\!000} ‖ 3.5 ✓ \boxed 3.5.
+3 ✓ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
+4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples ‖ 50 ✓ #### 50% ¦ #### 50\%
+5 ✓ #### €5 ¦ #### 5 km/hour ¦ #### 5 m ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x ‖ 1/2 ✓ #### .5
+0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12} ‖ 2 ✗ \boxed{2\pi} ¦ \boxed{\sqrt{2}}
+2\sqrt{2} ✓ \boxed{\sqrt{8}} ‖ \text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob}
+90 ✓ \boxed{90^\circ} ‖ \left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
+(-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864} ‖ 15 ✓ \boxed{15 \text{ cm}^{3}}
+\text{e} ✗ \boxed{\text{e}^2} ‖ (3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
+1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}}
+"""
+
+
+@pytest.mark.parametrize("line", re.split(" ‖ |\n", GRADES.strip()))
+def test_grade(line):
+    """A gold answer, and completions that have it, or do not; also in a thread, without signals to stop a parser."""
+    answer, *parts = re.split(" ([✓✗]) ", line.replace("\\n", "\n"))
+    with ThreadPoolExecutor(1) as pool:
+        for mark, completions in zip(parts[::2], parts[1::2]):
+            for completion in completions.split(" ¦ "):
+                grades = grpo.grade(completion, answer), pool.submit(grpo.grade, completion, answer).result()
+                assert grades == (mark == "✓",) * 2, completion
+
+
+# fmt: off
+HOSTILE = [
+    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200, "{" * 200, "x" * 250,
+    "9" * 10**6, "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6, "a" * 10**6, "-" * 10**6, " " * 10**6,
+    "\\text{" * 10**5, "^" * 10**5, "(" * 10**5 + "," * 10**5, "\\sqrt{" * 60 + "2" + "}" * 60, "\\int_0^1 x^{x^x}",
+    "\\frac{1}{0}", "٣", "\0", "$" * 999, pytest.param("\\sum_{n=1}^{9999} \\frac{1}{n^9}", marks=slow),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_completions_get_no_reward_in_bounded_time(text):
+    for completion in (text, f"\\boxed{{{text}}}"):
+        began = time.perf_counter()
+        assert grpo.grade(completion, "\\frac{3}{4}") == grpo.grade("3", completion) == 0.0
+        assert time.perf_counter() - began < 3
+
+
+@pytest.mark.parametrize("text", ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301])
+def test_what_no_answer_is_like_is_never_parsed(text, monkeypatch):
+    """The parser needs a second and a hundred megabytes for such a text, and keeps some of them."""
+    parsed = []
+    monkeypatch.setattr("math_verify.parse", lambda text, **_: parsed.append(text) or [])
+    assert grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0 and parsed == []
+
+
+ROWS = r"""
+{"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 4"} -> 4
+{"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."} -> \frac{1}{2}
+{"prompt": "q", "solution": "\\boxed{1} \\boxed{2}", "final_answer": 7} -> 7
+{"text": "q", "answer": "1"} -> ! no column of each ‖ {"question": "q", "reply": "1"} -> ! no column .*answer
+{"question": "q", "answer": ""} -> ! row 1: ‖ {"question": "q", "answer": null} -> ! row 1:
+{"question": "q", "answer": "\\frac{1}{2"} -> ! row 1: ‖ {"question": "q", "answer": "#### "} -> ! row 1:
+{"question": " ", "answer": "1"} -> ! row 1: no question
+"""
+
+
+@pytest.mark.parametrize("line", re.split(" ‖ |\n", ROWS.strip()))
+def test_columns_are_found_by_name_and_unusable_rows_named(line):
+    row, expected = line.split(" -> ")
+    rows = Dataset.from_list([json.loads(row)])
+    if expected[0] != "!":
+        assert grpo.load_rows("file", True, rows) == [("q", expected)]
+        return
+    with pytest.raises(InputError, match=f"^[^\n]*file.*{expected[2:]}[^\n]*$"):
+        grpo.load_rows("file", True, rows)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
+@pytest.mark.parametrize(("file", "task"), [("gsm8k_test", "gsm8k"), ("svamp", "gsm8k"), ("math500", "math")])
+def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
+    path = f"{DATA}/{file}.jsonl"
+    train, test = grpo.load_problems(Config(task=task, data=path, eval_problems=100), None, grpo.grade)
+    raw = pd.read_json(path, lines=True, dtype=False).rename(columns={"problem": "question"})
+    golds = [answer.split("####")[-1].strip() for answer in raw.answer]
+    assert sorted(train + test) == sorted(zip(raw.question, golds))
+    assert all(grpo.grade(f"so \\boxed{{{answer}}}.", answer) == 1 for answer in golds)
 
 
 # What answers are made of, what breaks parsers, and what takes for ever if one lets it.
+# fmt: off
 PIECES = st.sampled_from(
     ["\\boxed{", "####", "{", "}", "\\frac", "\\sqrt[", "^{", "!", "9" * 10**6, "1e999999", "٣", "½", "\0", "\ud800",
      "\\left(", "\\begin{pmatrix}", "&", "\\\\", "=", "$", ",", ".", "-", "/", "0", "7", "x", " ", "\n", "\\int",
      "1,200", "%", "\\text{", "^" * 50, "(" * 300, "é" * 10**6, "9!!!!!!!!", "2^{3^{4^{5^6}}}"]
-)  # fmt: skip
+)
+# fmt: on
 PARTS = st.one_of(st.lists(PIECES, max_size=12), st.text(max_size=60))  # to be joined
-TEXTS = PARTS.map("".join)
-thorough = pytest.mark.parametrize("examples", [100, pytest.param(10_000, marks=slow)])
-
-
-def peak_memory() -> float:
-    """Of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+thorough = pytest.mark.parametrize("examples", [50, pytest.param(5_000, marks=slow)])
+REPEATED = dict(deadline=None, database=None, derandomize=True)  # at every run
 
 
 @thorough
 def test_grade_bears_anything(examples):
-    before = peak_memory()
+    def check(parts):
+        began = time.perf_counter()
+        assert grpo.grade(*map("".join, parts)) in (0.0, 1.0) and time.perf_counter() - began < 3
 
-    @hypothesis.settings(max_examples=examples, deadline=3000, database=None, derandomize=True)
-    @hypothesis.given(PARTS, PARTS)  # hypothesis keeps what it makes: joined texts would be gigabytes of its own
-    def check(completion, answer):
-        assert grpo.grade("".join(completion), "".join(answer)) in (0.0, 1.0)
-
-    check()
-    assert peak_memory() - before < 0.5
-
-
-@thorough
-def test_the_data_loader_bears_anything(examples):
-    """Rows of generated texts are taken, or refused in one line that names the row."""
-    value = st.one_of(TEXTS, st.none(), st.integers(-(2**62), 2**62), st.floats())
-    names = st.sampled_from(["question", "problem", "answer", "solution", "x"])
-    rows = st.lists(names, min_size=1, max_size=3, unique=True).flatmap(
-        lambda columns: st.lists(st.fixed_dictionaries(dict.fromkeys(columns, value)), min_size=1, max_size=4)
-    )
-
-    @hypothesis.settings(max_examples=examples, deadline=3000, database=None, derandomize=True)
-    @hypothesis.given(rows)
-    def check(rows):
-        try:
-            raw = Dataset.from_list(rows)
-        except Exception:  # of mixed types: the library's own refusal, see the test of files
-            return
-        try:
-            taken = grpo.standard_columns(raw, "file", graded=True)
-        except InputError as error:
-            assert str(error).startswith("file") and "\n" not in str(error)
-        else:
-            assert all(row["question"].strip() and 0 < len(row["answer"]) <= grpo.MAX_SPAN for row in taken)
-
-    check()
+    pairs = st.tuples(PARTS, PARTS)  # hypothesis keeps what it makes: joined texts would be gigabytes of its own
+    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731, peak in GB
+    before = memory()
+    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(pairs)(check))()
+    assert memory() - before < 0.5
 
 
 @thorough
 def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
-    lines = st.lists(
-        st.one_of(
-            st.binary(max_size=40),
-            st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace")),
-            st.builds(lambda q, a: json.dumps({"question": q, "answer": a}).encode(), TEXTS, TEXTS),
-        ),
-        max_size=6,
-    )
-    count, rows = examples // 50, [0]
+    values = st.one_of(PARTS.map("".join), st.none(), st.integers(-(2**62), 2**62), st.floats())
+    rows = st.dictionaries(st.sampled_from(["question", "problem", "answer", "solution", "x"]), values)
+    lines = st.one_of(rows.map(lambda row: json.dumps(row).encode()), st.binary(max_size=40))
 
-    @hypothesis.settings(max_examples=count, deadline=None, database=None, derandomize=True)
-    @hypothesis.given(lines)
     def check(lines):
-        rows[0] += 1
-        path = tmp_path / f"{rows[0]}.jsonl"
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_bytes(b"\n".join(lines))
         try:
-            grpo.load_problems(Config(task="gsm8k", data=str(path)), None, grpo.grade)
+            for question, answer in grpo.load_rows(str(path), True):
+                assert str(question).strip() and 0 < len(answer) <= grpo.MAX_SPAN
         except InputError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error) and str(path) in str(error)
 
-    check()
-
-
-@thorough
-def test_analysis_bears_damaged_logs(examples, tmp_path):
-    path = write_run(tmp_path / "run", saturating(50, 40))
-    whole, intact = (path / "metrics.jsonl").read_bytes().splitlines(), analyze.read_run(path).log
-    damage = st.lists(
-        st.tuples(
-            st.integers(0, 40),
-            st.one_of(
-                st.binary(max_size=30),
-                st.builds(
-                    lambda k, v: json.dumps({"step": k, "reward_std": v, "cos_abs": v}).encode(),
-                    st.integers(-5, 60),
-                    st.one_of(st.floats(), TEXTS, st.integers(), st.none()),
-                ),
-            ),
-        ),
-        max_size=5,
-    )
-
-    @hypothesis.settings(max_examples=examples // 10, deadline=None, database=None, derandomize=True)
-    @hypothesis.given(damage)
-    def check(damage):
-        lines = list(whole)
-        for at, line in damage:
-            lines[at] = line
-        (path / "metrics.jsonl").write_bytes(b"\n".join(lines))
-        log = analyze.read_run(path).log
-        named = {row["step"] for row in analyze.read_lines(path / "metrics.jsonl")[0] if "pass_rate" not in row}
-        left = [step for step in range(40) if step not in named | {at for at, _ in damage}]
-        both = log.loc[left, ["reward_std", "sampled"]], intact.loc[left, ["reward_std", "sampled"]]
-        assert len(left) >= 30 and both[0].equals(both[1])
-        found = analyze.detect_phases(log["reward_std"], log["sampled"], log["pass_rate"], log.index, draws=2)
-        assert not found["found"] and found["reason"]
-
-    check()
+    hypothesis.settings(max_examples=examples // 3, **REPEATED)(hypothesis.given(st.lists(lines, max_size=3))(check))()
 
 
-# -------------------------------------------------- several processes -------------------------------------------------
+@pytest.mark.parametrize("name", ["letters", "arith"])
+def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
+    task, shifts = grpo.TASKS[name], set()
+    train, test = (grpo.load_rows(path, False) for path in (task.train, task.test))
+    assert len(test) == 512 and len({q for q, _ in train} | {q for q, _ in test}) == len(train) + 512 > 5000
+    for question, answer in train + test:
+        a, b = question.removesuffix("=").split("+")
+        if name == "letters":  # each digit plus the letter's own one
+            shifts |= {(a, (int(x) - int(y)) % 10) for x, y in zip(answer, b, strict=True)}
+        else:
+            assert answer == f"{int(a) + int(b):04}"[::-1]
+    assert len(shifts) == len(dict(shifts)) == (6 if name == "letters" else 0)
 
 
-def fingerprint(completion: str, answer: str) -> float:
-    """A reward in [0, 1) that tells almost any two completions apart: equal rewards mean equal tokens."""
-    return zlib.crc32(completion.encode()) % 9973 / 9973
+# ----------------------------------------- command line, models and the claim -----------------------------------------
 
 
-def one_rank(settings: dict, rank: int, size: int, port: int, fault: str, folder: str) -> None:
-    """One of the processes that torchrun would start; its error goes to a file. fault: what befalls the last one."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    calls = SimpleNamespace(left=40)
-
-    def reward(completion, answer):
-        calls.left -= 1
-        if fault and rank == size - 1 and calls.left == 0:
-            os.kill(os.getpid(), signal.SIGKILL) if fault == "dies" else time.sleep(60)
-        return fingerprint(completion, answer)
-
-    try:
-        grpo.train(Config(**settings), grpo.make_arith(1, size=300)[0], reward)
-    except Exception as error:
-        (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
-        sys.exit(1)
+@pytest.fixture
+def offline(monkeypatch):
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
 
 
-def run_team(settings: dict, size: int, folder: Path, fault: str = "") -> list[int]:
-    """Exit statuses of a run in `size` processes."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["grpo", "test_grpo"])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        server.Process(target=one_rank, args=(settings, rank, size, port, fault, str(folder))) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes if not fault else processes[:-1]:
-        process.join(120)
-    processes[-1].kill()
-    processes[-1].join()
-    return [process.exitcode for process in processes]
+BAD = """
+--nrom std -> unrecognized arguments: --nrom std ‖ --norm sd -> invalid choice: 'sd'
+--group 1 -> group is 1, not a number from 2 on ‖ --group x -> invalid int value: 'x' ‖ --lora -1 -> lora is -1
+--lora 4.5 -> invalid int value: '4.5' ‖ --lr nan -> lr is nan ‖ --lr -1 -> lr is -1.0, not a number from 0 on
+--lr inf -> lr is inf ‖ --temperature 0 -> temperature is 0 ‖ --prompts 0 -> prompts is 0 ‖ --steps -1 -> steps is -1
+--data nowhere.jsonl -> cannot load nowhere.jsonl ‖ --eval-data nowhere.jsonl -> cannot load nowhere.jsonl
+--data /dev/null -> cannot load /dev/null ‖ --instruction hi -> has no {question}
+--model nowhere/at-all -> --model DIR --data FILE.jsonl ‖ --resume -> state.safetensors
+--task gsm8k -> cannot load openai/gsm8k ‖ --max-new-tokens 500 -> the context of 128
+--out /dev/null/run -> /dev/null/run ‖ --device tpu9 -> device tpu9 cannot be used
+"""
 
 
-@pytest.mark.parametrize(
-    ("norm", "agg", "sizes"),
-    [("batch", "token", [2])]
-    + [
-        pytest.param(norm, agg, [2, 3], marks=slow)
-        for norm in ("none", "std", "var", "batch")
-        for agg in ("sequence", "mean", "token")
-    ],
-)
-def test_the_number_of_processes_changes_nothing(settings, norm, agg, sizes, tmp_path):
-    """Four prompts in 1, 2 and 3 processes: the same tokens at every step, the same weights, the same measurements."""
-    settings |= dict(norm=norm, agg=agg, steps=5, prompts=4, group=6, optimizer="sgd", lr=0.02, probe_every=2)
-    runs = {}
-    for size in (1, *sizes):
-        out = str(tmp_path / f"of-{size}")
-        assert run_team(settings | {"out": out}, size, tmp_path) == [0] * size
-        weights = load_file(Path(out) / "checkpoint" / "state.safetensors")
-        runs[size] = (read(out), read(out, "prompts.jsonl"), read(out, "samples.jsonl"), weights)
-    metrics, prompts, samples, weights = runs.pop(1)
-    assert max(row["grad_norm"] for row in metrics[:-1]) > 0.01
-    for others in runs.values():
-        for ours, theirs in ((others[0], metrics), (others[1], prompts)):
-            assert [row.keys() for row in ours] == [row.keys() for row in theirs]
-            for a, b in zip(ours, theirs, strict=True):
-                for key in a.keys() - {"logprob_gap", "curvature_corr"}:
-                    left, right = (np.array(row[key], float) for row in (a, b))  # None becomes NaN
-                    exact = key in ("reward", "prompt", "pass_rate", "eval_pass_rate", "eval_greedy", "length")
-                    # A second difference of float32 keeps some percent of the usual size, a small one less of its own.
-                    known = [np.ravel(r["curvature"]) for r in theirs if r.get("curvature") is not None]
-                    usual = np.nanmax(np.abs(np.concatenate([[0.0], *known]).astype(float)))
-                    size = 0.05 * usual if key == "curvature" else 1e-4
-                    tolerance = dict(rtol=1e-12, atol=0) if exact else dict(rtol=1e-2, atol=size)
-                    assert np.allclose(left, right, **tolerance, equal_nan=True), key
-        assert others[2] == samples
-        assert max(float((others[3][key] - weights[key]).abs().max()) for key in weights) < 1e-5
-
-
-@pytest.mark.parametrize("fault", ["dies", pytest.param("hangs", marks=slow)])
-def test_a_rank_that_fails_ends_the_run_on_all_and_is_named(settings, fault, tmp_path):
-    """40 rewards in: after the evaluations' 6 and in the fourth step of 9; the checkpoint is that of step 2."""
-    settings |= dict(
-        prompts=4, group=6, optimizer="sgd", save_every=2, rank_timeout=5.0, reward_timeout=0.0, eval_every=0
-    )
-    whole = settings | {"out": settings["out"] + "-whole"}
-    assert run_team(whole, 1, tmp_path) == [0]
-    began = time.perf_counter()
-    assert run_team(settings, 3, tmp_path, fault)[:2] == [1, 1]
-    assert time.perf_counter() - began < 60
-    assert "rank 0 waited for the others: [Rank 0]: Ranks 2 failed" in (tmp_path / "error-0").read_text()
-    assert run_team(settings | {"resume": True}, 2, tmp_path) == [0, 0]
-    ours, theirs = ([row["reward"] for row in read(path)[:-1]] for path in (settings["out"], whole["out"]))
-    assert len(ours) == 10 and ours == pytest.approx(theirs, rel=1e-12)
-
-
-def test_more_processes_than_prompts_are_refused(train, settings, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="3 prompts a step are too few for 4 processes"):
-        train(Config(**settings))
-
-
-# ----------------------------------------------- command line and bad input -------------------------------------------
-
-
-def command(*arguments: str) -> tuple[int, str]:
-    """Exit status and standard error of the command line."""
-    try:
-        status = grpo.main(arguments)
-    except SystemExit as exit:
-        status = exit.code
-    return status
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--nrom", "std"], "unrecognized arguments: --nrom std"),
-        (["--norm", "sd"], "invalid choice: 'sd'"),
-        (["--group", "1"], "group is 1, below 2"),
-        (["--group", "x"], "invalid int value: 'x'"),
-        (["--lr", "nan"], "lr is nan"),
-        (["--lr", "-1"], "lr is -1.0, below 0"),
-        (["--temperature", "0"], "temperature is 0"),
-        (["--prompts", "0"], "prompts is 0"),
-        (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
-        (["--instruction", "hi"], "has no {question}"),
-        (["--model", "nowhere/at-all", "--max-new-tokens", "5"], "--model DIR --data FILE.jsonl"),
-        (["--resume"], "no run to resume in"),
-        (["--task", "gsm8k"], "cannot load openai/gsm8k"),
-        (["--max-new-tokens", "500"], "has 8 tokens, with 500 new ones"),
-        (["--out", "/dev/null/run"], "cannot write to /dev/null/run"),
-        (["--device", "tpu9"], "device"),
-        (["--rank-timeout", "0"], "rank_timeout is 0.0, below 1"),
-    ],
-)
-def test_bad_input_is_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys, cache):
-    import datasets.config
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # without a network, at once
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("line", re.split(" ‖ |\n", BAD.strip()))
+def test_bad_input_is_one_line_and_status_2(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command("--sft-steps", "1" if "--model" not in arguments else "0", "--cache", cache, *arguments) == 2
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)  # without a network, at once
+    arguments, message = line.split(" -> ")
+    assert command(arguments.split()) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("grpo.py: error: ") and message in error
-    assert not list(tmp_path.rglob("*.*")) and not list(tmp_path.rglob("model"))
-
-
-def test_data_files_that_cannot_be_used(tmp_path, capsys):
-    file = tmp_path / "data.jsonl"
-    for content, message in (
-        ("", "cannot load"),
-        ("{bad", "cannot load"),
-        ('{"q": 1}\n', "no column question/problem"),
-        ('{"question": "1+1=", "answer": "#### "}\n', "row 1: answer '####' cannot be graded"),
-    ):
-        file.write_text(content)
-        arguments = ["--task", "gsm8k", "--data", str(file), "--out", str(tmp_path / "run")]
-        assert command(*arguments) == 2 and not (tmp_path / "run" / "config.json").exists()
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("grpo.py: error: ") and message in error and str(file) in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_help_shows_every_setting_and_its_default(capsys):
-    assert command("--help") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for field in fields(Config):
-        assert f"--{field.name.replace('_', '-')}" in shown and field.metadata["help"] in shown
-        assert f"(default: {field.default})" in shown
-    assert "--no-chat" in shown
-
-
-def test_every_setting_is_checked_when_made_in_python():
     with pytest.raises(InputError, match="norm is 'mad', not one of none, std, var, batch"):
         Config(norm="mad")
+    assert command(["--help"]) == 0
+    shown, source = " ".join(capsys.readouterr().out.split()), inspect.getsource(Config)
+    for field in fields(Config):
+        (comment,) = re.findall(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
+        assert f"--{field.name.replace('_', '-')}" in shown and f"{comment} (default: {field.default})" in shown
 
 
-@pytest.mark.parametrize("module", [grpo, analyze])
-def test_functions_are_short_and_the_files_have_no_state(module):
-    source = Path(module.__file__).read_text()
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if function.__module__ == module.__name__:
-            assert len(inspect.getsourcelines(function)[0]) <= 60, name
-    assert not re.search(r"^\s*global ", source, re.M) and ".cuda()" not in source
+def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_executed(tmp_path):
+    mark, marker = tmp_path / "executed", type("Marker", (), {"__reduce__": lambda _: (Path.touch, (mark,))})
+    save_model("mamba", tmp_path / "mamba")  # whose state is not in a cache of keys and values
+    foreign, pickled = (Path(shutil.copytree(LETTERS.model, tmp_path / name)) for name in ("foreign", "pickled"))
+    (foreign / "config.json").write_text('{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}')
+    (foreign / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
+    for name, message in (("foreign", "cannot load"), ("pickled", "cannot load"), ("mamba", "model .* cannot be used")):
+        with pytest.raises(InputError, match=message):
+            run(tmp_path / "run", model=f"{tmp_path}/{name}")
+    assert not mark.exists() and not (tmp_path / "run").exists()
+
+
+@slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_line_says_how_to_resume(number, status, tmp_path):
+    line, log = [sys.executable, grpo.__file__, "--prompts=4", f"--out={tmp_path}"], tmp_path / "metrics.jsonl"
+    process = subprocess.Popen([*line, "--steps=5000"], stderr=subprocess.PIPE, text=True)
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and "--resume goes on from there" in error and "Traceback" not in error
+    steps = len(read(tmp_path)) + 1
+    assert subprocess.run([*line, f"--steps={steps}", "--resume"]).returncode == 0
+    assert [row["step"] for row in read(tmp_path)] == list(range(steps + 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda_rollout_and_training_agree(train, settings):
-    train(Config(**settings | dict(device="cuda", dtype="float32")))
-    assert max(row["logprob_gap"] or 0.0 for row in read(settings["out"])[:-1]) < 1e-3
-
-
-# ------------------------------------------------------ the claim -----------------------------------------------------
+def test_on_cuda_rollout_and_training_agree(tmp_path):
+    run(tmp_path, device="cuda")
+    assert 0 < max(row["logprob_gap"] or 0.0 for row in read(tmp_path)[:-1]) < 1e-3
 
 
 @slow
 @pytest.mark.parametrize("norm", ["none", "std"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_default_run_learns(norm, seed, tmp_path):
-    """The README's first command, both norms, five seeds: at least 0.25 gained and over 0.9 in the end."""
-    out = tmp_path / "run"
-    arguments = ["--norm", norm, "--seed", str(seed), "--out", str(out)]
+    """The README's first command: at least 0.25 gained on problems not trained on, and above 0.8 in the end."""
     began = time.perf_counter()
-    subprocess.run([sys.executable, grpo.__file__, *arguments], check=True, timeout=600)
-    metrics = read(out)
-    assert metrics[-1]["eval_pass_rate"] > max(0.9, metrics[0]["eval_pass_rate"] + 0.25)
-    assert time.perf_counter() - began < 180
+    assert command([f"--norm={norm}", f"--seed={seed}", f"--out={tmp_path}"]) == 0
+    metrics = read(tmp_path)
+    assert metrics[-1]["eval_pass_rate"] > max(0.8, metrics[0]["eval_pass_rate"] + 0.25)
+    assert time.perf_counter() - began < 120
 
 
-# ----------------------------------------------- analyze.py: the phases ----------------------------------------------
+# ----------------------------------------------------- analyze.py ----------------------------------------------------
+
+SHAPES = {"level": [0, 0, 1, 1], "narrows": [0, 0, 1, 0.4], "none": [0] * 4, "grows": [0, 0.3, 0.7, 1]}
+SHAPES |= {"constant": [1] * 4, "late": [0, 0, 0.5, 1], "behind": [-1, -1, 0, 0], "lead": [0.7, 0.7, 1, 1]}
+TRUE = [f"{name}{how}" for name in ("level", "narrows") for how in ("", " smooth", " onsets", " smooth onsets")]
+FALSE = ["none", "grows", "late", "constant", "behind", "lead", "dip"]
 
 
-def ar_noise(rng: np.random.Generator, n: int, rho: float) -> np.ndarray:
-    """AR(1) noise of deviation 1."""
-    noise = rng.normal(size=n)
-    for i in range(1, n):
-        noise[i] = rho * noise[i - 1] + math.sqrt(1 - rho**2) * noise[i]
-    return noise
-
-
-def synthetic(kind: str, rng: np.random.Generator, n: int = 300):
-    """(reward_std, orthogonality, pass_rate or None, true boundaries): noise of deviation 1, AR(1) up to 0.5."""
-    t, rho, size = np.arange(n), rng.uniform(0, 0.5), rng.choice([1.0, 2.0, 4.0, 8.0, 20.0])
-    if kind == "walk":
-        return *np.cumsum(rng.normal(size=(2, n)), axis=1), None, None
-    mean, truth, rates = np.zeros(n), None, None
-    if kind == "phases":
-        truth = [int(rng.integers(60, 130)), int(rng.integers(170, 240))]
-        mean = -2.0 * ((t >= truth[0]).astype(float) + (t >= truth[1]))  # two shifts of two deviations of the noise
-        rates = np.interp(t, [0, *truth, n], [0.3, 0.6, 0.7, 0.75]) + 0.03 * rng.normal(size=n)
-    elif kind == "linear":
-        mean = -size * t / n
-    elif kind == "exponential":
-        mean = size * np.exp(-t / rng.choice([15, 30, 60, 120, 300]))
-    elif kind == "logistic":
-        mean = size / (1 + np.exp((t - rng.uniform(50, 250)) / rng.choice([2, 5, 15, 40])))
-    elif kind == "step and decay":  # one change of level, not two
-        mean = -4.0 * (t >= rng.integers(60, 240)) + 4 * np.exp(-t / rng.choice([60, 120]))
-    other = mean
-    if kind == "levels and line":  # only one of the two has phases
-        mean, other = -4.0 * ((t >= 100).astype(float) + (t >= 200)), -4.0 * t / n
-    return mean + ar_noise(rng, n, rho), other + ar_noise(rng, n, rho), rates, truth
-
-
-OTHERS = ("constant", "linear", "exponential", "logistic", "walk", "step and decay", "levels and line")
-
-
-def detected(kind: str, count: int) -> list[tuple[dict, list[int] | None]]:
-    """What is found in `count` synthetic series."""
-    rng, found = np.random.default_rng(7), []
+def detected(kind: str, count: int) -> tuple[float, float]:
+    """Shares of series (4 runs, 300 steps, AR(1) noise) with phases found, and with both boundaries within 15 steps."""
+    rng, t, found, close = np.random.default_rng(7), np.arange(300), 0, 0
     for _ in range(count):
-        *series, truth = synthetic(kind, rng)
-        found.append((analyze.detect_phases(*series, draws=39), truth))
-    return found
+        top, a = rng.uniform(0.05, 0.06), rng.uniform(60, 130)
+        b = rng.uniform(a + 50, 230)
+        gap = 0.02 * rng.normal(size=(4, 300))
+        for i in range(1, 300):
+            gap[:, i] = 0.3 * gap[:, i - 1] + math.sqrt(1 - 0.3**2) * gap[:, i]
+        walk = np.cumsum(rng.normal(size=300)) / math.sqrt(300)
+        for row, shift in zip(gap, rng.uniform(-15, 15, 4) * ("onsets" in kind), strict=True):
+            knots = [0, a + shift, b + shift, 300] if kind != "late" else [0, a, (a + 300) / 2, 300]
+            shape = np.interp(t, knots, SHAPES.get(kind.split()[0], [0] * 4))
+            shape = (
+                walk if kind == "walk" else np.interp(t, [a, (a + b) / 2, b], [0, -1, 0]) if kind == "dip" else shape
+            )
+            smooth = np.convolve(np.pad(shape, 6, "edge"), np.ones(12) / 12, "same")[6:-6]
+            row += top * (smooth if "smooth" in kind else shape)
+        result = analyze.detect_phases(gap, 0 * gap, 0 * gap)
+        found += result["found"]
+        close += np.abs(np.subtract(result["boundaries"], (a, b))).max() <= 15
+    return found / count, close / count
 
 
-def assert_true_phases(found, share: float) -> None:
-    close = [all(abs(a - b) <= 10 for a, b in zip(result["boundaries"], truth, strict=True)) for result, truth in found]
-    assert np.mean(close) >= share and np.mean([result["found"] for result, _ in found]) >= share
-
-
-def test_true_phases_are_found_and_a_decay_is_not():
-    assert_true_phases(detected("phases", 5), 0.8)
-    for kind in OTHERS:
-        assert sum(result["found"] for result, _ in detected(kind, 2)) <= 0.1
+def test_phases_are_found_where_they_are_and_not_elsewhere():
+    assert detected("level smooth onsets", 8)[0] >= 5 / 8  # at a share of 0.85 there are fewer once in 350 times
+    assert sum(detected(kind, 1)[0] for kind in FALSE) <= 1
 
 
 @slow
-@pytest.mark.parametrize("kind", ["phases", *OTHERS])
-def test_phases_in_two_hundred_series(kind):
-    found = detected(kind, 200)
-    if kind == "phases":
-        assert_true_phases(found, 0.9)
-        covered = [
-            low <= b <= high
-            for result, truth in found
-            for (low, high), b in zip(result["intervals"], truth, strict=True)
-        ]
-        assert np.mean(covered) >= 0.85  # of intervals of 95%
-    else:
-        assert np.mean([result["found"] for result, _ in found]) <= (0.1 if kind == "walk" else 0.05)
-    if kind == "constant":  # the p-value is one: below 0.1 in a tenth of the series, give or take 3 deviations
-        assert abs(np.mean([result["p_value"] <= 0.1 for result, _ in found]) - 0.1) < 3 * math.sqrt(0.09 / 200)
+@pytest.mark.parametrize("kind", [*TRUE, *FALSE, "walk"])
+def test_a_hundred_series_of_every_kind(kind):
+    found, close = detected(kind, 100)
+    assert found >= 0.85 and close >= 0.6 if kind in TRUE else found <= (0.2 if kind == "walk" else 0.05)
 
 
-def test_the_split_is_the_best_of_all():
-    rng, n, least = np.random.default_rng(0), 40, 5
-    series = rng.normal(size=(n, 2)) + (np.arange(n) > 22)[:, None]
+def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray]:
+    """Sum of squares, knots and residuals of the best broken line through 30 values, by a regression for each."""
+    t, found = np.arange(30), []
+    for knots in itertools.combinations(range(3, 28), count):
+        if all(b - a >= 3 for a, b in itertools.pairwise(knots)):
+            columns = np.stack([t**0, t, *(np.clip(t - k, 0, None) for k in knots)], axis=1)
+            left = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
+            found.append((float(left @ left), knots, left))
+    return min(found, key=lambda fit: fit[0])
 
-    def left(*breaks: int) -> float:
-        edges = [0, *breaks, n]
-        parts = [series[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-        return sum(float(((part - part.mean(axis=0)) ** 2).sum()) for part in parts)
 
-    pairs = [(a, b) for a in range(least, n) for b in range(a + least, n - least + 1)]
-    assert tuple(analyze.split(series, 3, least)) == min(pairs, key=lambda pair: left(*pair))
-    assert analyze.split(series, 2, least) == [min(range(least, n - least + 1), key=left)]
-    assert analyze.split(series, 1, least) == []
-    fit = analyze.fitted_levels(series, [10, 30])
-    assert np.allclose(
-        fit[[0, 9, 10, 29, 30, 39], 0], np.repeat([series[a:b, 0].mean() for a, b in ((0, 10), (10, 30), (30, 40))], 2)
+@pytest.mark.parametrize("seed", range(2))
+def test_lines_and_their_number_are_those_of_all_regressions(seed):
+    y = np.interp(np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1]) + 0.3 * np.random.default_rng(seed).normal(
+        size=30
     )
+    fits = [brute(y, count) for count in range(4)]
+    noise = fits[3][2]
+    rho = max(0, noise[1:] @ noise[:-1] / (noise @ noise))
+    size = 30 * (1 - rho) / (1 + rho)
+    scores = [size * math.log(left) + (2 + 2 * k) * math.log(size) for k, (left, _, _) in enumerate(fits)]
+    result = analyze.detect_phases(y, y, y)
+    assert result["knots"] == np.argmin(scores)
+    assert result["boundaries"] == list(fits[2 + (scores[3] < scores[2])][1][:2])
 
 
-def test_the_likelihood_is_the_largest_of_regression_with_ar_noise():
-    rng, n = np.random.default_rng(1), 120
-    y, columns = ar_noise(rng, n, 0.6) + np.linspace(0, 3, n), np.stack([np.ones(n), np.linspace(0, 1, n)], axis=1)
-
-    def negative(x):  # conditional on the first value; x: two coefficients, rho
-        noise = y - columns @ x[:2]
-        return (n - 1) / 2 * math.log(np.mean((noise[1:] - x[2] * noise[:-1]) ** 2))
-
-    best = optimize.minimize(negative, [0.0, 0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-9})
-    assert analyze.log_likelihood(y, columns) == pytest.approx(-best.fun, abs=1e-3)
+ALIKE, OPENS, STOPS = "alike_in_I", "opens_in_II", "stops_in_III"
+CASES = [((0, 0, 6, 6), set()), ((0, 0, 6, 0), set()), ((4, 4, 6, 6), {ALIKE}), ((-6, -6, 0, 0), {ALIKE, OPENS})]
+CASES += [
+    ((0, 0, 5, 7), {STOPS}),
+    ((0, 0, 3, 9), {STOPS}),
+    ((0, 3, 4, 4), {ALIKE}),
+    ((0, 0, -6, -6), {ALIKE, OPENS, STOPS}),
+]
 
 
-def test_boundaries_are_in_steps_and_nan_is_left_out():
-    *series, truth = synthetic("phases", np.random.default_rng(3))
-    detect_phases = partial(analyze.detect_phases, draws=39)
-    whole = detect_phases(*series)
-    assert whole["found"] and "to III" in whole["reason"] and len(whole["levels"]) == 3
-    apart = detect_phases(*series, steps=np.arange(300) * 25)
-    assert apart["boundaries"] == [25 * step for step in whole["boundaries"]]
-    padded = [np.full(600, math.nan) for _ in series]
-    for wide, column in zip(padded, series, strict=True):
-        wide[::2] = column
-    assert detect_phases(*padded)["boundaries"] == [2 * step for step in whole["boundaries"]]
-    long = detect_phases(*(np.repeat(column, 4) for column in series))  # averaged to 300 again
-    assert long["boundaries"] == [4 * step for step in whole["boundaries"]]
+@pytest.mark.parametrize("corners, failed", CASES)
+def test_claims_on_lines_without_noise(corners, failed):
+    shape, scales = np.interp(np.arange(60), [0, 20, 40, 60], corners), np.array([[0.9], [1.0], [1.1]])
+    sigma = np.repeat([0.4, 0.3, 0.2], 20) * scales
+    result = analyze.detect_phases(shape * scales, sigma, 0 * sigma, 5 * np.arange(60))
+    claims, (one, two, three) = result["claims"], np.diff(corners) / 100
+    assert result["boundaries"] == [100, 200] and result["intervals"] == [[100, 100], [200, 200]]
+    assert {name for name, claim in claims.items() if not claim["holds"]} == failed | {"orthogonality_falls"}
+    for name, value in ((ALIKE, two - one), (OPENS, 100 * two), (STOPS, three - two), ("deviation_falls", -0.2)):
+        half = 4.302653 * 0.1 / math.sqrt(3) * abs(value)  # Student's t with two degrees of freedom
+        assert claims[name]["value"] == pytest.approx(value)
+        assert claims[name]["interval"] == pytest.approx([value - half, value + half], rel=1e-5)
+    assert result["found"] == (not failed) and ("alike to step 100" in result["reason"]) == (not failed)
 
 
-def test_what_fails_is_said():
-    detect_phases = partial(analyze.detect_phases, draws=39)
+def test_what_is_missing_and_what_is_not_decided():
+    shape = np.repeat(np.interp(np.arange(60), [0, 20, 40, 60], [0, 0, 6, 6]), 2)
+    gap, sigma = np.outer([0.9, 1, 1.1], shape), np.repeat([[0.4] * 60 + [0.2] * 60], 3, axis=0)
+    gap[0, :10:2] = np.nan  # halves of windows
+    gap[1, 100:102] = sigma[1, 118:] = np.nan  # a window of two steps
+    result = analyze.detect_phases(gap, sigma, np.nan * gap)
+    assert result["found"] and result["boundaries"] == [40, 80]
+    assert result["claims"]["deviation_falls"]["value"] == pytest.approx(-0.2)
+    lost = result["claims"]["orthogonality_falls"]
+    assert math.isnan(lost["value"]) and lost["interval"] is None and lost["holds"] is None
+    one = analyze.detect_phases(shape, sigma[0], sigma[0])
+    assert one["claims"][OPENS] == {"value": pytest.approx(6), "interval": None, "holds": None}
+    assert not one["found"] and "run three seeds or more" in one["reason"] and one["intervals"] == []
+    gap[:, 60:] = gap[0, 20:22] = np.nan
+    short = analyze.detect_phases(gap, sigma, sigma)
+    assert short["boundaries"] == [] and short["claims"] == {} and short["reason"].startswith("Undecided: 29 windows")
+    with pytest.raises(ValueError, match="unequal shapes"):
+        analyze.detect_phases(gap, sigma, sigma[:2])
+
+
+def test_without_a_gap_the_line_is_that_of_deviation_and_cosines():
+    t, noise = np.arange(60), np.random.default_rng(0).normal(size=(2, 3, 60))
+    sigma = np.interp(t, [0, 20, 40, 60], [0.45, 0.45, 0.2, 0.2]) + 1e-3 * noise[0]
+    spread = 100 * np.interp(t, [0, 20, 40, 60], [0.1, 0.1, 0.1, 0.3]) + 0.01 * noise[1]
+    result = analyze.detect_phases(None, sigma, spread)
+    assert result["knots"] == 2 and result["boundaries"] == [20, 40] and not result["found"]
+    assert set(result["claims"]) == {"deviation_falls", "orthogonality_falls"} and "--norm none" in result["reason"]
+    assert all(claim["holds"] for claim in result["claims"].values())
+
+
+def test_predicted_gain_by_hand():
+    assert analyze.predicted_gain([0.2, 0.1, 0.0], [0.3, 0.4, 0.5]) == pytest.approx(
+        0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3
+    )
+    assert analyze.predicted_gain([0.2, np.nan, 9.0, 0.1], [0.25, 0.5, 0.0, 0.5]) == pytest.approx((0.4 + 0.1) / 0.3)
+    assert math.isnan(analyze.predicted_gain([0.1, -0.2], [0.5, 0.5])) and math.isnan(analyze.predicted_gain([], []))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_curvature_exponent_of_two_bins_by_hand(power):
+    variance, noise = np.repeat([0.09, 0.25], 20), np.tile([-0.01, 0.01], 20)
+    curvature = -3 * variance ** (power / 2) + noise
+    found = analyze.curvature_exponent(np.repeat([0.2, 0.4], 20), variance, curvature)
+    # Through two points the line is exact: a = ln(y2/y1) / ln(x2/x1), and its error that of the two logarithms.
+    error = 0.01 * math.sqrt(20 / 19) / math.sqrt(20) / (3 * np.array([0.3, 0.5]) ** power)
+    half = 1.96 * math.hypot(*error) / math.log(0.5 / 0.3)
+    assert found["n"] == 40 and found["alpha"] == pytest.approx([power, power - half, power + half], rel=1e-3)
+
+
+def test_curvature_exponent_through_the_noise_of_sigma():
     rng = np.random.default_rng(0)
-    sigma, angle, rates, _ = synthetic("phases", rng)
-    rose = detect_phases(sigma, -angle, rates)
-    assert re.search(r"^orthogonality did not fall: \+(3\.[5-9]|4\.[0-4])", rose["reason"]) and not rose["found"]
-    late = detect_phases(sigma, angle, 1 - rates[::-1])
-    assert late["reason"].startswith("the pass rate does not rise fastest in I: +")
-    assert "the pass rate was not checked" in detect_phases(sigma, angle)["reason"]
-    decay = detect_phases(*(4 * np.exp(-np.arange(300) / 60) + ar_noise(rng, 300, 0) for _ in range(2)))
-    assert not decay["found"] and re.search(r"reward deviation: (exponential|logistic) beats", decay["reason"])
-    order = rng.permutation(300)
-    shuffled = detect_phases(sigma[order], angle[order], rates[order])
-    assert shuffled["segments"] == 1 and not shuffled["found"] and shuffled["reason"].startswith("one segment")
+    p = rng.uniform(0.02, 0.5, 40_000)
+    rewards = rng.random((2, 8, len(p))) < p
+    sigma, variance = rewards[0].std(axis=0), rewards[1].var(axis=0, ddof=1)
+    for power in (0, 2):  # none: prompts all alike make no law
+        law = (p * (1 - p)) ** (power / 2) + 0.3 * rng.normal(size=len(p))
+        alpha, low, high = analyze.curvature_exponent(sigma, variance, law)["alpha"]
+        assert abs(alpha - power) < 2 * (high - low) / 2 < 0.5  # four standard errors
 
 
-@pytest.mark.parametrize(
-    ("sigma", "angle", "reason"),
-    [
-        (np.arange(29.0), np.arange(29.0), "29 steps have both measures, 30 are needed"),
-        ([], [], "0 steps have both measures"),
-        (np.full(50, math.nan), np.arange(50.0), "0 steps have both measures"),
-        (np.full(50, 0.25), np.arange(50.0), "constant: reward deviation"),
-        (np.zeros(50), np.zeros(50), "constant: reward deviation and orthogonality"),
-    ],
-)
-def test_series_without_an_answer(sigma, angle, reason):
-    result = analyze.detect_phases(sigma, angle)
-    assert reason in result["reason"] and not result["found"] and result["boundaries"] == []
+def test_correlations_of_the_same_completions_are_tied_and_those_across_halves_are_not():
+    rng = np.random.default_rng(1)
+    scores = 2.0 * (rng.random((200, 16, 2, 8)) < 0.5) - 1  # two answers at p = 1/2, whose scores are +1 and -1
+    index = pd.MultiIndex.from_product([range(200), range(16)], names=["step", "prompt"]).droplevel("prompt")
+    variance, fisher = ((scores > 0).var(axis=-1, ddof=1), scores.mean(axis=-1) ** 2)
+    tied, free = (pd.DataFrame({"v": variance[..., i].ravel(), "f": fisher[..., 0].ravel()}, index) for i in (0, 1))
+    assert analyze.correlations(tied).to_numpy() == pytest.approx(np.full(200, -1))
+    r = analyze.correlations(free)
+    assert len(r) == 200 and abs(r.mean()) < 4 * r.sem()
+    assert r.iloc[5] == pytest.approx(np.corrcoef(variance[5, :, 1], fisher[5, :, 0])[0, 1])
+    assert len(analyze.correlations(tied.assign(v=0.3 + 1e-12 * tied["v"]))) == 0  # no variation but rounding
 
 
-def test_series_of_unequal_lengths_are_refused():
-    with pytest.raises(ValueError, match=r"unequal lengths: \(40,\), \(39,\)"):
-        analyze.detect_phases(np.zeros(40), np.zeros(39))
-
-
-# ------------------------------------------ analyze.py: law and comparison -------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("alpha", "sign", "verdict"), [(1.0, 1, "agrees with 1"), (2.0, -1, "agrees with 2"), (3.5, -1, "neither")]
-)
-def test_an_exact_power_law_is_recovered(alpha, sign, verdict):
-    sigma = np.tile(np.sqrt(np.array([1, 2, 3, 4]) * np.array([7, 6, 5, 4])) / 8, 50)
-    law = analyze.curvature_law(sigma, sigma**2, sign * 5 * sigma**alpha + 0 * sigma, np.arange(200) // 8)
-    assert law["alpha"] == law["alpha_raw"] == pytest.approx(alpha, abs=0.011)  # the grid's step is 0.02
-    assert law["verdict"].startswith(verdict) and [row["n"] for row in law["bins"]] == [50] * 4
-    assert [row["mean"] for row in law["bins"]] == pytest.approx(list(sign * 5 * sigma[:4] ** alpha))
-    assert [row["envelope"] for row in law["bins"]] == pytest.approx(list(5 * sigma[:4] ** alpha))
-
-
-def halves_of_prompts(rates: np.ndarray, rng: np.random.Generator, power: float = 2.0):
-    """Sigma of one half of eight 0/1 rewards; unbiased variance of the other; a curvature, -sigma^power and noise."""
-    one, other, true = rng.binomial(8, rates) / 8, rng.binomial(8, rates) / 8, np.sqrt(rates * (1 - rates))
-    kept = (one > 0) & (one < 0.5)
-    variance = other * (1 - other) * 8 / 7
-    curvature = -(variance if power == 2 else true**power) * (1 + rng.normal(size=len(rates)))
-    return np.sqrt(one * (1 - one))[kept], variance[kept], curvature[kept]
-
-
-@pytest.mark.parametrize(("power", "verdict"), [(1.0, "agrees with 1"), (2.0, "agrees with 2")])
-def test_the_law_of_prompts_is_found_through_the_noise_of_sigma(power, verdict):
-    rng = np.random.default_rng(0)
-    sigma, variance, curvature = halves_of_prompts(rng.uniform(0.02, 0.45, 20_000), rng, power)
-    law = analyze.curvature_law(sigma, variance, curvature, np.arange(len(sigma)) // 16)
-    low, high = law["alpha_interval"]
-    assert low <= power <= high and high - low < 0.8 and law["verdict"] == verdict
-    assert law["alpha_raw"] < 0.7 * power  # the noise of sigma makes it flatter
-
-
-def test_prompts_that_are_all_alike_make_no_law():
-    rng = np.random.default_rng(0)
-    sigma, variance, curvature = halves_of_prompts(np.full(20_000, 0.25), rng)
-    law = analyze.curvature_law(sigma, variance, curvature, np.arange(len(sigma)) // 16)
-    low, high = law["alpha_raw_interval"]
-    assert low <= 0 <= high < 1 and law["verdict"] == "undetermined"
-    few = analyze.curvature_law(*(np.full(20, 0.4),) * 3, np.arange(20))
-    assert few["verdict"] == "undetermined" and few["reason"].startswith("1 values of sigma")
-    signs = analyze.curvature_law(sigma, variance, np.where(sigma > 0.4, 1.0, -1.0), np.arange(len(sigma)))
-    assert signs["verdict"] == "no power law, the mean changes its sign"
-
-
-def test_every_curvature_is_in_the_bin_of_its_sigma():
-    """Halves of 32 have more values of sigma than bins; the smallest, sqrt(31)/32, is no round number."""
-    k = np.repeat(np.arange(1, 17), 50)  # right completions
-    sigma = np.sqrt(k * (32 - k)) / 32
-    law = analyze.curvature_law(sigma, sigma**2, -(sigma**2), np.arange(len(sigma)))
-    assert sum(b["n"] for b in law["bins"]) == len(sigma) and law["bins"][0]["sigma"] == pytest.approx(
-        (math.sqrt(31) + math.sqrt(60)) / 64, abs=1e-8)  # the lowest eighth: k = 1 and 2
-    assert law["alpha"] == pytest.approx(2, abs=0.021)
-
-
-def test_a_law_that_changes_during_training_is_no_law(tmp_path):
-    """One exponent in each third of the steps; what is pooled lies between."""
-    run = analyze.read_run(write_run(tmp_path / "run", saturating(50, 300)))
-    rng, step = np.random.default_rng(0), np.repeat(np.arange(300), 8)
-    sigma = np.tile(np.sqrt(np.array([1, 2, 3, 4]) * np.array([7, 6, 5, 4])) / 8, 600)
-    for alphas, verdict in (((1, 1, 1), "agrees with 1"), ((0.2, 2, 2), "no single power law, α changes")):
-        curvature = -(sigma ** np.repeat(alphas, 800)) * rng.uniform(0.9, 1.1, 2400)
-        halves = pd.DataFrame({"step": step, "rate": 0.8, "sigma": sigma, "variance": sigma**2, "curvature": curvature})
-        law = analyze.curvature_laws([replace(run, halves=halves)])["above"]
-        assert law["verdict"].startswith(verdict)
-        assert [third[0] for third in law["thirds"]] == pytest.approx(alphas, abs=0.1)
-
-
-def test_a_bootstrap_that_misses_bins_has_no_interval():
-    """Each value of sigma was measured in one cluster: few draws have them all."""
-    sigma = np.repeat(np.linspace(0.1, 0.5, 8), 12)
-    law = analyze.curvature_law(sigma, sigma**2, -sigma, np.repeat(np.arange(8), 12), seed=2)
-    assert (law["verdict"], law["reason"], law["bins"]) == ("undetermined", "too few probes for an interval", [])
-
-
-def test_windows_stand_at_the_middle_of_their_steps():
-    series = pd.Series(np.arange(301.0) ** 2)  # 27 windows of 11 steps, and one of 4
-    means = analyze.windows(series)
-    assert means.index[0] == 5 and means.index[-1] == 298.5
-    assert means.iloc[-1] == pytest.approx(np.mean(np.arange(297.0, 301) ** 2))
+def test_cosines_of_a_phase_are_those_of_all_its_pairs():
+    rng, rows, pooled = np.random.default_rng(2), [], []
+    for n in (3, 8, 5):
+        unit = rng.normal(size=(n, 6)) + 0.5
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        cosines = (unit @ unit.T)[np.triu_indices(n, 1)]
+        pooled += cosines.tolist()
+        rows.append([n, cosines.mean(), cosines.std(), (cosines > 0).mean(), (abs(cosines) < 0.1).mean(), 2.5, 0.5])
+    names = ["n_gradients", "cos_mean", "cos_std", "cos_positive", "cos_small", "interference", "signal_share"]
+    log = pd.DataFrame(rows, columns=names).assign(seed=0, C=0.6, feature_cos=0.2, feature_cos_centered=0.1)
+    row, cosines = analyze.describe_phase(log, 16), np.array(pooled)
+    assert [row["mean"], row["std"]] == pytest.approx([cosines.mean(), cosines.std()])
+    assert row["above 0"] == pytest.approx((cosines > 0).mean()) and row["pairs"] == 3 + 28 + 10
+    assert row["below 0.1 in size"] == pytest.approx((abs(cosines) < 0.1).mean())
+    log["signal_share"] = [0.2, 0.6, 0.4]  # a ratio of means
+    assert analyze.corrected_cosine(log, 16) == pytest.approx(1.5 / 15 / 0.4)
+    log["signal_share"] = [-0.7, 0.6, 0.4]  # the mean is not clear of its error
+    assert math.isnan(analyze.corrected_cosine(log, 16))
 
 
 def test_means_and_their_intervals():
     assert analyze.mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2, 2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t: 4.3027
-    mean, low, high = analyze.mean_interval([1.0, math.nan, 3.0])
-    assert mean == 2 and math.isnan(low) and math.isnan(high)
-    rising = np.stack([np.arange(5.0), np.arange(5.0) ** 3], axis=1)[:, None]
-    assert analyze.rank_correlation(rising) == pytest.approx([1, 1, 1])
-    assert analyze.rank_correlation(rising * [1, -1]) == pytest.approx([-1, -1, -1])
-    assert math.isnan(analyze.rank_correlation(rising[:3])[1])
+    assert analyze.mean_interval([1.0, 3.0]) == pytest.approx([2, np.nan, np.nan], nan_ok=True)
 
 
-def write_run(
-    path: Path, rates: np.ndarray, norm: str = "std", seed: int = 0, changed: dict = MappingProxyType({}), **config
-) -> Path:
-    """A run's directory whose log has the given pass rates, and a predicted gain of 2 at each step."""
+def write_run(path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, changed=(), **config) -> Path:
+    """A run's directory whose log has the given pass rates."""
     path.mkdir(parents=True)
-    settings = {
-        "norm": norm,
-        "seed": seed,
-        "lr": 1e-3,
-        "prompts": 16,
-        "group": 16,
-        "task": "arith",
-        "model": "tiny",
-        "out": str(path),
-    }
+    settings = dict(norm=norm, seed=seed, lr=1e-3, prompts=16, group=5, task="letters", model="tiny", out=str(path))
     (path / "config.json").write_text(json.dumps(settings | config))
-    rng = np.random.default_rng(seed)
-    fixed = {"interference": 2.5, "signal_share": 0.5, "predicted_gain": 2.0} | changed
-    lines = [
-        {"step": t, "pass_rate": rate, "reward_std": 0.3 + 0.01 * a, "cos_abs": 0.2 + 0.01 * b, **fixed}
-        for t, (rate, a, b) in enumerate(zip(rates.tolist(), *rng.normal(size=(2, len(rates))), strict=True))
+    n = len(rates)
+    log = pd.DataFrame({"step": range(n), "reward": rates, "pass_rate": rates, "reward_std": std, "cos_std": spread})
+    log = log.assign(n_gradients=16, cos_mean=0.02, interference=2.5, signal_share=0.5, **dict(changed))
+    last = {"step": n, "eval_pass_rate": float(sum(rates[-1:]))}
+    (path / "metrics.jsonl").write_text(log.to_json(orient="records", lines=True) + json.dumps(last) + "\n")
+    fixed = dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
+    rows = [
+        dict(step=t, reward_std=s, grad_sq_signal=0.5 - s, reward_std_half=[s, 0.4], curvature=[s, None]) | fixed
+        for t in range(0, n, 2)
+        for s in (0.3, 0.4, 0.5)
     ]
-    lines.append({"step": len(rates), "eval_pass_rate": float(rates[-1:].sum()), "eval_greedy": 1.0})
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prompts = [
-        {
-            "step": t,
-            "prompt": 1,
-            "pass_rate": 0.25,
-            "reward_std": std,
-            "grad_sq_signal": 0.5 - std,
-            "grad_norm": 0.2**0.5,
-            "reward_std_half": [std, 0.4],
-            "pass_rate_half": [0.2, 0.7],
-            "curvature": [std, None],
-        }
-        for t in range(0, len(rates), 2)
-        for std in (0.3, 0.4, 0.5)
-    ]
-    (path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    (path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -2444,276 +1298,151 @@ def saturating(tau: float, n: int = 300) -> np.ndarray:
     return 0.2 + 0.7 * (1 - np.exp(-np.arange(n) / tau))
 
 
-def test_twice_as_fast_is_a_speed_up_of_two(tmp_path, capsys):
-    paths = [
-        write_run(tmp_path / f"{norm}-{seed}", saturating(tau + seed), norm, seed)
+def compared(runs: list[Path], target: float | None = None) -> dict:
+    """The numbers of runs that are all compared."""
+    return analyze.compare([analyze.read_run(run) for run in runs], target)[0]
+
+
+@pytest.fixture(scope="module")
+def races(tmp_path_factory) -> list[Path]:
+    root = tmp_path_factory.mktemp("races")
+    return [
+        write_run(root / f"{norm}-{seed}", saturating(tau + seed), norm, seed)
         for norm, tau in (("none", 100), ("std", 50))
         for seed in range(3)
     ]
-    assert analyze.main([*map(str, paths), "--target", "0.6"]) == 0
+
+
+def test_twice_as_fast_is_a_speed_up_of_two(races):
+    norms, runs = compared(races, 0.6)["norms"], [saturating(50 + seed) for seed in range(3)]
+    # From 0.2 + 0.7 (1 - exp(-t/tau)) = 0.6, but for steps and half steps of whole numbers.
+    assert norms["none"]["steps to 0.60"][0] == pytest.approx(101 * math.log(7 / 3), abs=1.5)
+    assert norms["std"]["speed-up"][0] == pytest.approx(101 / 51, rel=1.5 / 43)
+    # Squared norms 0.2 each, of which 0.2, 0.1 and 0 are signal.
+    assert norms["std"]["predicted"] == pytest.approx([0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3] * 3)
+    assert norms["std"]["with noise"] == pytest.approx([0.5 * (1 / 0.3 + 1 / 0.4 + 1 / 0.5) / 3] * 3)
+    assert norms["std"]["end"][0] == pytest.approx(np.mean([run[-30:] for run in runs]))
+    assert norms["std"]["held out"][0] == pytest.approx(np.mean([run[-1] for run in runs]))
+    gap = np.mean([run - saturating(100 + seed) for seed, run in enumerate(runs)], axis=0).reshape(60, 5).mean(axis=1)
+    assert norms["std"]["at step"] == 5 * gap.argmax() and norms["std"]["largest gap"][0] == pytest.approx(gap.max())
+    for goal in (0.1, 0.88):  # begun beyond; not reached by one without normalization
+        norms = compared(races, goal)["norms"]
+        assert np.isnan(norms["std"]["speed-up"]).all() and np.isnan(norms["none"][f"steps to {goal:.2f}"]).all()
+
+
+def test_c_of_t_and_the_step_since_which_it_is_below_1(tmp_path):
+    found = compared([write_run(tmp_path / "run", saturating(50), std=np.repeat([0.45, 0.3], [100, 200]))])
+    # (0.45 * 100 + 0.3 k) / (100 + k) < 0.375 from k = 101 on, which is step 200.
+    assert found["C_below_1_since"] == 200
+
+
+def test_rewards_other_than_0_and_1_are_compared_by_their_mean_and_have_no_theory(tmp_path):
+    runs = [
+        write_run(tmp_path / norm, np.full(60, rate), norm, changed={"reward": rate + 0.2})
+        for norm, rate in (("none", 0.4), ("std", 0.5))
+    ]
+    found = compared(runs)
+    assert found["norms"]["std"]["end"][0] == pytest.approx(0.7) and found["C_below_1_since"] is None
+    assert found["norms"]["std"]["largest gap"][0] == pytest.approx(0.1) and math.isnan(
+        found["norms"]["std"]["predicted"][0]
+    )
+
+
+def test_every_rate_then_each_norm_at_its_best(tmp_path):
+    taus = {("std", 1e-3): 50, ("std", 1e-2): 20, ("none", 1e-3): 60, ("none", 1e-2): 90, ("none", 0.1): 10}
+    paths = [
+        write_run(tmp_path / f"{norm}-{lr}", saturating(tau, 40 if lr == 0.1 else 100), norm, lr=lr)
+        for (norm, lr), tau in taus.items()
+    ]  # the one at 0.1 came to no end
+    views = analyze.arrange(analyze.tabulate([analyze.read_run(path) for path in paths]))
+    names = [[title, *sorted(run.path.name for run in runs)] for title, runs in views.items()]
+    assert names[0] == ["learning rate 0.01", "none-0.01", "std-0.01"]  # std's best rate
+    assert names[1] == ["learning rate 0.001", "none-0.001", "std-0.001"]
+    assert names[2:] == [["each norm at its best learning rate, none 0.001, std 0.01", "none-0.001", "std-0.01"]]
+
+
+def test_runs_that_differ_in_more_are_compared_apart_and_a_seed_counts_once(tmp_path):
+    more = [{"group": 8}, {"group": 8, "eval_every": 3}, {"group": 64, "a": "$x_$\n"}, {"group": 8, "device": "cpu"}]
+    runs = [
+        write_run(tmp_path / str(i), saturating(50, 40), "none" if i == 1 else "std", **config)
+        for i, config in enumerate(more)
+    ]
+    assert analyze.main([*map(str, runs), str(runs[0] / ".." / "0")]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
-    (group,) = found["groups"].values()
-    # From 0.2 + 0.7 (1 - exp(-t/tau)) = 0.6: t = tau ln(7/3), but for the windows of 11 steps.
-    assert group["norms"]["none"]["steps_to_target"][0] == pytest.approx(101 * math.log(7 / 3), rel=0.02)
-    assert group["norms"]["std"]["steps_to_target"][0] == pytest.approx(51 * math.log(7 / 3), rel=0.02)
-    against = group["against_none"]["std"]
-    assert against["speed_up"][0] == pytest.approx(101 / 51, rel=0.02)
-    # Noise removed: squared norms 0.2, 0.1, 0 of three prompts with sigma 0.3, 0.4, 0.5; half of 0.6 is signal.
-    for kind, foreseen in (("sampled", 2), ("corrected", 0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3)):
-        assert against["predicted_speed_up"][kind][0] == pytest.approx(foreseen)
-        assert against["over_predicted"][kind] == pytest.approx([value / foreseen for value in against["speed_up"]])
-    assert against["final_gain"][0] == pytest.approx(
-        np.mean([(saturating(50 + s) - saturating(100 + s))[-30:].mean() for s in range(3)])
-    )
-    assert group["norms"]["std"]["held_out"][0] == pytest.approx(np.mean([saturating(50 + s)[-1] for s in range(3)]))
-    assert group["law"]["below"]["alpha_raw"] == pytest.approx(1, abs=0.011) and group["law"]["above"]["n"] == 0
-    gain, step = against["gain"][3], 38  # the fourth window: steps 33 to 43
-    assert gain[0] == step and gain[1] == pytest.approx(
-        np.mean([(saturating(50 + s) - saturating(100 + s))[step - 5 : step + 6].mean() for s in range(3)])
-    )
-    assert list(found["runs"]) == [str(path) for path in paths] and found["left_out"] == []
-    report = (tmp_path / "analysis.md").read_text()
-    assert report in capsys.readouterr().out and "| none | 0.001 | 3 |" in report
-    assert analyze.plt.imread(tmp_path / "phases.png").shape == (720, 1320, 4)
+    sizes = {title: [len(view["norms"]) for view in views.values()] for title, views in found["groups"].items()}
+    assert sizes == {"group 8, a None": [2], "group 64, a '$x_$\\n'": [1]}
+    assert found["left_out"] == [f"{runs[3]}: its norm, rate and seed are there already"]
+    assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
+    assert analyze.main([*map(str, sorted(tmp_path.iterdir()))]) == 0  # does not read the report
+    assert json.loads((tmp_path / "analysis.json").read_text()) == found
 
 
-def test_growth_of_the_gain_in_each_phase(tmp_path):
-    t = np.arange(300.0)
-    gain = np.interp(t, [0, 100, 200, 300], [0.0, 0.2, 0.25, 0.15])
-    ours, other = (
-        analyze.read_run(write_run(tmp_path / name, rates))
-        for name, rates in (("a", 0.3 + t / 1000 + gain), ("b", 0.3 + t / 1000))
-    )
-    assert analyze.growth(ours, other, [100, 200]) == pytest.approx([0.2, 0.05, -0.1], abs=1e-9)
-    assert all(map(math.isnan, analyze.growth(ours, other, [])))
-
-
-def test_noise_is_removed_from_the_cosine_as_a_ratio_of_means():
-    share = np.full(60, 0.5)
-    share[30] = -0.7  # one step's share may be negative; the mean of 25 is (24 * 0.5 - 0.7) / 25
-    log = pd.DataFrame({"interference": np.full(60, 2.5), "signal_share": share})
-    cosine = analyze.corrected_cosine(log, prompts=16)
-    assert cosine[0] == pytest.approx(1.5 / 15 / 0.5) and cosine[30] == pytest.approx(1.5 / 15 / (11.3 / 25))
-
-
-def test_the_two_measures_may_disagree(tmp_path, capsys):
-    rng = np.random.default_rng(3)
-    sigma, angle, rates, _ = synthetic("phases", rng)
-    path = write_run(tmp_path / "run", rates)
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    for line, std, orthogonal in zip(lines, sigma, angle, strict=False):
-        line |= {"reward_std": 0.5 + 0.05 * std, "cos_abs": 0.3 - 0.02 * orthogonal}
-        line["interference"] = 2 + 0.1 * rng.normal()
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert analyze.main([str(path)]) == 0
-    text = capsys.readouterr().out
-    assert "steps: three phases found**" in text
-    assert "what changed between the phases may be the sampling noise alone" in text
-    assert analyze.main([str(path), "--orthogonality", "corrected"]) == 0
-    assert "steps: not found**" in capsys.readouterr().out
-
-
-def test_runs_that_differ_in_more_are_compared_apart(tmp_path):
+def test_seeds_are_paired_and_killed_runs_compared_as_far_as_they_went(tmp_path):
     runs = [
-        analyze.read_run(write_run(tmp_path / f"{i}", saturating(50, 40), norm, i, **more))
-        for i, (norm, more) in enumerate(
-            [("std", {"group": 8}), ("none", {"group": 8, "lr": 0.5, "resume": True}), ("std", {"group": 64})]
+        write_run(tmp_path / f"{norm}-{seed}", saturating(50 + seed, 80 if norm == "none" else 300), norm, seed)
+        for norm, seeds in (("none", (0, 1, 2, 7)), ("std", (2, 1, 0, 9)))
+        for seed in seeds
+    ]
+    found = compared(runs)
+    assert found["last_step"] == 79 and found["norms"]["std"]["runs"] == 4
+    assert found["norms"]["std"]["largest gap"] == pytest.approx([0, 0, 0], abs=1e-12)  # of seeds 0, 1, 2 alone
+    assert found["phases"]["knots"] == 0 and not found["phases"]["found"]
+
+
+def test_where_sampled_and_corrected_cosines_disagree_it_is_said(tmp_path, capsys):
+    shapes = {"none": 0, "std": np.interp(range(60), [20, 40], [0, 0.1])}
+    runs = [
+        write_run(
+            tmp_path / f"{norm}-{s}",
+            0.5 + shape * (1 + s / 9) + np.zeros(60),
+            norm,
+            s,
+            spread=np.repeat([0.1, 0.2 + 0.01 * s], [40, 20]),
         )
+        for norm, shape in shapes.items()
+        for s in range(3)
     ]
-    groups = analyze.group_runs(runs)
-    assert {title: [run.path.name for run in members] for title, members in groups.items()} == {
-        "group 8": ["0", "1"],
-        "group 64": ["2"],
-    }
-
-
-def test_settings_that_look_alike_when_cut_short_are_told_apart(tmp_path):
-    texts = ("a " + "x" * 60, "b " + "x" * 60)
-    runs = [analyze.read_run(write_run(tmp_path / str(i), saturating(50, 40), seed=i, instruction=text, device=text[0]))
-            for i, text in enumerate((*texts, texts[0]))]
-    assert [[run.path.name for run in group] for group in analyze.group_runs(runs).values()] == [["0", "2"], ["1"]]
-
-
-def test_a_rate_whose_run_came_to_no_end_is_not_the_best(tmp_path):
-    runs = [analyze.read_run(write_run(tmp_path / f"{lr}", saturating(tau, n), lr=lr))
-            for lr, tau, n in ((1e-3, 50, 300), (1e-2, 5, 40))]
-    split = {"sampled": {"boundaries": []}}
-    found = analyze.compare(runs, {str(run.path): split for run in runs}, "sampled", None)
-    assert found["norms"]["std"]["lr"] == 1e-3 and found["last_step"] == 300 and not found["cut"]
-
-
-def test_what_begins_beyond_the_target_has_no_speed_up(tmp_path):
-    runs = [write_run(tmp_path / f"{norm}-{seed}", saturating(50), norm, seed)
-            for norm in ("none", "std") for seed in range(3)]
-    group, _ = compared(runs, tmp_path, "--target", "0.1")
-    assert group["against_none"]["std"]["speed_up"] == [None] * 3
-
-
-def test_the_prediction_is_of_std_alone(tmp_path):
-    """It speaks of steps 1/sigma."""
-    runs = [write_run(tmp_path / f"{norm}-{seed}", saturating(50), norm, seed)
-            for norm in ("none", "var") for seed in range(3)]
-    group, text = compared(runs, tmp_path)
-    against = group["against_none"]["var"]
-    assert against["speed_up"][0] == pytest.approx(1) and against["predicted_speed_up"]["sampled"] == [None] * 3
-    assert "Does the predicted gain predict?" not in text
-
-
-def test_a_norm_is_compared_at_its_best_learning_rate(tmp_path):
-    runs = [
-        analyze.read_run(write_run(tmp_path / f"{tau}", saturating(tau, 60), "std", tau, lr=lr))
-        for tau, lr in ((20, 1e-3), (50, 1e-2))
-    ]
-    split = {"sampled": {"boundaries": []}}
-    arm = analyze.compare(runs, {str(run.path): split for run in runs}, "sampled", None)["norms"]["std"]
-    assert arm["lr"] == 1e-3 and arm["rates"] == [1e-3, 1e-2] and arm["runs"] == [str(tmp_path / "20")]
-
-
-def compared(runs: list[Path], tmp_path: Path, *arguments: str) -> tuple[dict, str]:
-    """The only group of an analysis, and its report."""
-    assert analyze.main([*map(str, runs), "--out", str(tmp_path / "report"), *arguments]) == 0
-    (group,) = json.loads((tmp_path / "report" / "analysis.json").read_text())["groups"].values()
-    return group, (tmp_path / "report" / "analysis.md").read_text()
-
-
-def test_a_run_that_was_killed_is_compared_as_far_as_it_went(tmp_path):
-    rates = saturating(50)
-    runs = [
-        write_run(tmp_path / f"{norm}-{seed}", rates[: 60 if norm == "none" else 300], norm, seed)
-        for norm in ("none", "std")
-        for seed in range(3)
-    ]
-    group, text = compared(runs, tmp_path)
-    assert group["against_none"]["std"]["final_gain"] == pytest.approx([0, 0, 0], abs=1e-12)
-    assert "Compared up to step 59, the last that all of these runs have." in text
-
-
-def test_a_target_that_is_not_always_reached_has_no_mean(tmp_path):
-    runs = [
-        write_run(tmp_path / f"{norm}-{seed}", saturating(50) * (0.5 if seed and norm == "none" else 1), norm, seed)
-        for norm in ("none", "std")
-        for seed in range(3)
-    ]
-    group, text = compared(runs, tmp_path, "--target", "0.8")
-    assert group["norms"]["none"]["reached"] == 1 and group["norms"]["none"]["steps_to_target"] == [None] * 3
-    assert group["against_none"]["std"]["speed_up"] == [None] * 3 and "| reached by 1 of 3 |" in text
-    assert group["norms"]["std"]["steps_to_target"][0] == pytest.approx(50 * math.log(7), rel=0.02)
-
-
-def test_a_seed_counts_once(tmp_path):
-    runs = [write_run(tmp_path / name, saturating(50), name[:3], 0) for name in ("std", "std-again", "none")]
-    runs[2].joinpath("config.json").write_text(runs[2].joinpath("config.json").read_text().replace('"non"', '"none"'))
-    group, text = compared([*runs, runs[0] / ".." / "std"], tmp_path)
-    assert group["against_none"]["std"]["pairs"] == 1 and group["twice"] == [str(runs[1])]
-    assert f"left out, its norm, rate and seed are there already: {runs[1]}" in text
-
-
-def test_settings_of_any_text_and_logs_without_prompts_are_read(tmp_path):
-    runs = [
-        write_run(tmp_path / f"{i}", saturating(50, 40), instruction=text) for i, text in enumerate(["a$b_$c\n", "d"])
-    ]
-    (runs[0] / "prompts.jsonl").unlink()
     assert analyze.main([*map(str, runs)]) == 0
-    text = (tmp_path / "analysis.md").read_text()
-    assert "# Runs with instruction a$b_$c\n" in text and text.count("0 values of sigma") == 3
-
-
-def test_rewards_without_a_pass_rate_are_compared_by_their_mean(tmp_path):
-    path = write_run(tmp_path / "run", saturating(50, 40))
-    log = path / "metrics.jsonl"
-    log.write_text(log.read_text().replace('"pass_rate":', '"reward":'))
-    assert analyze.read_run(path).log["pass_rate"].iloc[:40].tolist() == saturating(50, 40).tolist()
-    partial = write_run(tmp_path / "partial", np.zeros(40), changed={"reward": 0.7})  # full marks never, 0.7 always
-    lines = [json.loads(line) for line in (partial / "metrics.jsonl").read_text().splitlines()]
-    lines[3]["pass_rate"], lines[-1]["eval_reward"] = None, 0.6
-    (partial / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    log = analyze.read_run(partial).log
-    assert log["pass_rate"].iloc[:40].tolist() == [0.7] * 40 and log["eval_pass_rate"].iloc[-1] == 0.6
-
-
-def test_a_log_that_has_lost_its_beginning_is_compared(tmp_path):
-    runs = [write_run(tmp_path / "std", saturating(50, 300)), write_run(tmp_path / "none", saturating(50, 50), "none")]
-    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
-    (runs[0] / "metrics.jsonl").write_text("\n".join(lines[100:]) + "\n")
-    group, _ = compared(runs, tmp_path)
-    assert group["norms"]["std"]["pass_rate"][0] == pytest.approx(saturating(50)[100])
-    assert group["norms"]["none"]["pass_rate"][0] == pytest.approx(saturating(50)[45:50].mean())
-
-
-def test_a_second_report_does_not_read_the_first(tmp_path, capsys):
-    runs = [write_run(tmp_path / name, saturating(50, 20), name) for name in ("std", "none")]
-    assert analyze.main([*map(str, runs)]) == 0 and analyze.main([*map(str, sorted(tmp_path.iterdir()))]) == 0
-    text = (tmp_path / "analysis.md").read_text()
-    assert "left out" not in text and "found in 0 of 0 runs, not decided in 2" in text and "not decided**" in text
+    text = capsys.readouterr().out
+    assert "**Three phases: alike to step 20, " in text and "size by 0 [0, 0], so noise may be all." in text
+    assert "their share is – in I, – in II, – in III." in text
 
 
 def test_damaged_logs_are_read_as_far_as_they_can_be(tmp_path, capsys):
-    path = write_run(tmp_path / "run", saturating(50, 40))
-    whole = analyze.read_run(path)
-    junk = [
-        "{",
-        "[1]",
-        "3",
-        "",
-        '{"step": "1"}',
-        '{"step": true}',
-        '{"no": 1}',
-        '{"step": -1}',
-        "\0\0",
-        "[" * 10**5,
-        '{"step": 5, "pass_rate": ' + "9" * 5000 + "}",
-        "é" * 1000,
-    ]
+    path = write_run(tmp_path / "run", saturating(50, 4))
+    whole, halves = analyze.read_run(path).log, analyze.read_run(path).halves
+    for half, own, other, size in (
+        (halves[:6], [0.3, 0.4, 0.5] * 2, 0.4, 2),
+        (halves[6:], [0.4] * 6, [0.3, 0.4, 0.5] * 2, 3),
+    ):
+        assert half["reward_std_half"].tolist() == own  # halves of 3 and 2, each with the other's unbiased variance
+        assert half["variance"].to_numpy() == pytest.approx(np.square(other) * size / (size - 1) * np.ones(6))
+    junk = ["{", "[1]", "", '{"step": "1"}', '{"step": true}', '{"no": 1}', '{"step": -1}', "\0", "[" * 10**5, "é"]
     with (path / "metrics.jsonl").open("ab") as file:
         file.write("\n".join(junk).encode() + b'\n\xff\xfe\n{"step": 41, "pass_ra')
     damaged = analyze.read_run(path)
-    assert damaged.skipped == len(junk) + 2 and damaged.log.equals(whole.log)
+    assert damaged.skipped == len(junk) + 2 and damaged.log.equals(whole)
     with (path / "metrics.jsonl").open("a") as file:
-        file.write(
-            '\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_abs": 1e999, "length": 1, "interference": '
-        )
-        file.write("1" * 400 + "}")
-    assert analyze.read_run(path).log.loc[50].isna().all()
+        file.write('\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_std": 1e999, "reward": ' + "1" * 400 + "}")
+    (path / "prompts.jsonl").write_text('{"step": 7, "reward_std_half": [0.5], "curvature": 3, "fisher": null}\n')
+    assert analyze.read_run(path).log.iloc[-1][analyze.METRICS].isna().all() and analyze.read_run(path).halves.empty
     assert analyze.main([str(path), str(tmp_path / "nothing"), str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert f"{len(junk) + 2} unreadable log lines skipped" in text
+    assert f"{path}: {len(junk) + 2} unreadable log lines skipped" in text and "Undecided: 4 windows" in text
     assert text.count("left out:") == 2 and f"left out: {tmp_path / 'nothing'}: " in text
 
 
-def test_nothing_to_analyse_is_one_line(tmp_path, capsys):
-    empty = write_run(tmp_path / "empty", saturating(50, 0))
-    other = write_run(tmp_path / "other", saturating(50, 10))
-    (other / "config.json").write_text("[]")
-    with pytest.raises(SystemExit) as exit:
-        analyze.main([str(empty), str(other)])
-    text = capsys.readouterr().err
-    assert text.startswith("analyze.py: error: no run to read: ") and text.count("\n") == 1
-    assert "metrics.jsonl has no step" in text and "does not name norm" in text
-    assert exit.value.code == 2
-    with pytest.raises(SystemExit) as exit:
-        analyze.main(["--orthogonality", "x", "run"])
-    assert exit.value.code == 2 and capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_run_of_grpo_is_read(train, settings, capsys):
-    train(Config(**settings | {"probe_every": 2}))
-    assert analyze.main([settings["out"]]) == 0
-    run, lines = analyze.read_run(Path(settings["out"])), read(settings["out"])
-    assert run.log["reward_std"].dropna().tolist() == [line["reward_std"] for line in lines[:-1]] and run.skipped == 0
-    angles = [1 - line["cos_abs"] for line in lines[:-1] if line["cos_abs"] is not None]
-    assert run.log["sampled"].dropna().tolist() == angles
-    rows = [row for row in read(settings["out"], "prompts.jsonl") if "curvature" in row]
-    pairs = [(row["reward_std_half"][i], row["curvature"][i]) for row in rows for i in (0, 1)]
-    assert run.halves[["sigma", "curvature"]].to_records(index=False).tolist() == [p for p in pairs if p[1] is not None]
-    sizes = (3, 2)  # of the two halves of a group of five
-    other = [
-        row["reward_std_half"][1 - i] ** 2 * sizes[1 - i] / (sizes[1 - i] - 1)
-        for row in rows
-        for i in (0, 1)
-        if row["curvature"][i] is not None
-    ]
-    assert run.halves["variance"].tolist() == pytest.approx(other)
-    assert f"{len(angles)} steps have both measures, 30 are needed" in capsys.readouterr().out
+def test_nothing_to_analyse_and_wrong_flags_are_one_line(tmp_path, capsys):
+    empty, good = (str(write_run(tmp_path / name, saturating(50, n))) for name, n in (("empty", 0), ("good", 9)))
+    (tmp_path / "file").write_text("")
+    cases = {(empty, str(tmp_path / "no")): "no run to read: ", ("--x", "run"): "unrecognized", (): "required: runs"}
+    cases[good, "--out", str(tmp_path / "file" / "x")] = "cannot write to "
+    for arguments, message in cases.items():
+        with pytest.raises(SystemExit) as exit:
+            analyze.main(arguments)
+        text = capsys.readouterr().err
+        assert exit.value.code == 2 and text.count("\n") == 1
+        assert text.startswith("analyze.py: error: ") and message in text
 
 
 @slow
@@ -2723,9 +1452,10 @@ def test_twenty_long_runs_in_half_a_minute(tmp_path):
         for norm in ("none", "std")
         for seed in range(10)
     ]
-    for path in paths:
-        line = (path / "prompts.jsonl").read_text().splitlines()[0]
-        (path / "prompts.jsonl").write_text((line + "\n") * 16_000)
+    row = (paths[0] / "prompts.jsonl").read_text().splitlines()[0] + "\n"
+    for path in paths:  # 16 prompts a step, probes at every tenth: 160 of each
+        rows = (row.replace('"step": 0', f'"step": {i // 160 * 10}') for i in range(16_000))
+        (path / "prompts.jsonl").write_text("".join(rows))
     began = time.perf_counter()
     subprocess.run([sys.executable, analyze.__file__, *map(str, paths)], check=True, capture_output=True)
     assert time.perf_counter() - began < 30

@@ -1,0 +1,253 @@
+"""Tests of make_tasks.py, warm_start.py and neighbours.py; `GRPO_SLOW=1 pytest` runs the slow ones too."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import make_tasks  # noqa: E402
+import neighbours  # noqa: E402
+import warm_start  # noqa: E402
+
+import grpo  # noqa: E402
+
+ASSETS = ROOT / "assets"
+slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load(path):
+    """Model and tokenizer of a directory, as stored."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval(), AutoTokenizer.from_pretrained(path)
+
+
+def pass_rates(directory, problems, samples):
+    """Each problem's share of right completions among `samples` of them, drawn by transformers."""
+    model, tokenizer = load(directory / "model")
+    prompts = torch.tensor(tokenizer([row["question"] for row in problems])["input_ids"])
+    right = np.zeros(len(problems))
+    torch.manual_seed(0)
+    for _ in range(samples):
+        whole = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=6, pad_token_id=0
+        )
+        texts = tokenizer.batch_decode(whole[:, prompts.shape[1] :], skip_special_tokens=True)
+        right += [text == row["answer"] for text, row in zip(texts, problems, strict=True)]
+    return right / samples
+
+
+# ---------------------------------------------------- the tasks ----------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["arith", "letters"])
+def test_the_committed_problems_are_those_that_make_tasks_writes(task):
+    made = make_tasks.TASKS[task]()
+    for split in ("train", "test"):
+        stored = [(row["question"], row["answer"]) for row in rows(ASSETS / task / f"{split}.jsonl")]
+        assert stored == getattr(made, split)
+    assert len(made.test) == 512 and not {q for q, _ in made.test} & {q for q, _ in made.train + made.solutions}
+    assert len({q for q, _ in made.train}) == len(made.train) > 5000
+    assert sum(file.stat().st_size for file in (ASSETS / task).rglob("*") if file.is_file()) <= 1_000_000
+
+
+def test_arith_answers_are_sums_and_half_of_the_carries_slip():
+    task = make_tasks.make_arith()
+    for question, answer in task.train + task.test:
+        a, b = map(int, re.fullmatch(r"(\d{3})\+(\d{3})=", question).groups())
+        assert answer == f"{a + b:04}"[::-1]
+    slipped = []
+    for question, solution in task.solutions[:4000]:
+        a, b = map(int, question.rstrip("=").split("+"))
+        if a % 10 + b % 10 >= 10:  # a carry from the units to the tens
+            slipped.append(int(solution[1]) != (a + b) // 10 % 10)
+    assert np.mean(slipped) == pytest.approx(0.5, abs=0.05)  # four standard errors
+
+
+def test_letters_answers_add_the_letters_digit_and_slips_have_the_stated_rates():
+    task = make_tasks.make_letters()
+    for question, answer in task.train + task.test:
+        letter, number = re.fullmatch(r"([a-f])\+(\d{3})=", question).groups()
+        right = make_tasks.LETTERS[letter][0]
+        assert answer == "".join("0123456789"[(int(digit) + right) % 10] for digit in number)
+    assert dict(task.train + task.test)["c+047="] == "158"
+    for split in (task.train, task.test):  # every skill as often, to one problem
+        counts = Counter(question[0] for question, _ in split).values()
+        assert len(counts) == 6 and max(counts) - min(counts) <= 1
+    added: dict[str, Counter] = {letter: Counter() for letter in make_tasks.LETTERS}
+    for question, solution in task.solutions[:30000]:
+        added[question[0]].update((int(s) - int(d)) % 10 for s, d in zip(solution, question[2:5], strict=True))
+    for letter, (right, wrong, rate) in make_tasks.LETTERS.items():
+        assert set(added[letter]) == {right, wrong}
+        assert added[letter][right] / added[letter].total() == pytest.approx(rate, abs=0.016)  # four standard errors
+
+
+def test_the_letters_pass_rates_at_the_start_are_as_stated():
+    problems = rows(ASSETS / "letters" / "test.jsonl")
+    rates = pass_rates(ASSETS / "letters", problems, 4)
+    for letter, (*_, rate) in make_tasks.LETTERS.items():
+        found = np.mean([p for p, row in zip(rates, problems, strict=True) if row["question"][0] == letter])
+        assert found == pytest.approx(rate**3, abs=0.08)  # 340 samples: up to three standard errors
+
+
+@slow
+@pytest.mark.parametrize("task", ["arith", "letters"])
+def test_a_task_made_again_is_the_same(task, tmp_path):
+    make_tasks.main(["--out", str(tmp_path), task])
+    for split in ("train", "test"):
+        name = f"{task}/{split}.jsonl"
+        assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
+    problems = rows(ASSETS / task / "test.jsonl")
+    again, committed = (pass_rates(root / task, problems, 8).mean() for root in (tmp_path, ASSETS))
+    assert again == pytest.approx(committed, abs=0.03)
+
+
+# -------------------------------------------------- warm starts --------------------------------------------------
+
+SOLVED = [{"question": "ab"[: 1 + i % 2], "solution": "x" * (1 + i)} for i in range(5)]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """The untrained small model on disk, and a file of worked solutions of unequal length."""
+    pytest.importorskip("accelerate")
+    for part in make_tasks.small_model():
+        part.save_pretrained(tmp_path / "start")
+    (tmp_path / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SOLVED))
+    return [str(tmp_path / name) for name in ("start", "solved.jsonl", "out")]
+
+
+def test_a_warm_starts_loss_is_cross_entropy_over_solution_tokens(start):
+    losses = warm_start.main([*start, "--instruction", "{question}=", "--steps", "30", "--batch", "5", "--lr", "0.003"])
+    model, tokenizer = load(start[0])
+    naive = []
+    for row in SOLVED:
+        prompt, solution = (tokenizer(text)["input_ids"] for text in (row["question"] + "=", row["solution"]))
+        logprobs = model(torch.tensor([prompt + solution])).logits[0].log_softmax(-1)
+        targets = [*solution, tokenizer.eos_token_id]
+        naive += [-logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(targets)]
+    assert losses[0] == pytest.approx(np.mean(naive), abs=1e-3)  # the trainer logs four digits or so
+    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+
+
+def test_a_warm_start_leaves_a_model_in_the_wanted_type(start):
+    for dtype, stored in (("", torch.float32), ("bfloat16", torch.bfloat16)):
+        start[2] += dtype
+        warm_start.main([*start, "--steps", "1", *(["--dtype", dtype] if dtype else [])])
+        model, tokenizer = load(start[2])
+        assert model.dtype == stored and tokenizer("a+1")["input_ids"] == load(start[0])[1]("a+1")["input_ids"]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_warm_starts_prompt_goes_through_the_chat_template(start, chat, tmp_path):
+    tokenizer = make_tasks.small_model()[1]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}~{% endif %}"
+    )
+    args = warm_start.argparse.Namespace(instruction="Q {question}", chat=chat)
+    row = warm_start.encode({"question": "1+1", "solution": "2"}, tokenizer, args)
+    prompt = "<Q 1+1>~" if chat else "Q 1+1"
+    assert tokenizer.decode(row["input_ids"]) == prompt + "2<eos>"
+    assert row["labels"].tolist() == [-100] * len(prompt) + row["input_ids"].tolist()[-2:]
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "said"),
+    [
+        (None, ["--steps", "0"], "at least 1"),
+        (None, ["--lr", "nan"], "between 0 and 1"),
+        (None, ["--lr", "much"], "invalid float"),
+        (None, ["--dtype", "int8"], "invalid choice"),
+        (None, ["--instruction", "no place"], "{question}"),
+        ("", [], "no rows"),
+        ('{"question": "1"}\n', [], "row 1: no question or no solution"),
+        ('{"question": "1", "solution": "2"}\n[1]\n', [], "row 2: no question or no solution"),
+        ("not json\n", [], "Expecting value"),
+        (json.dumps({"question": "1" * 100, "solution": "2" * 100}), [], "context of 128"),
+    ],
+)
+def test_a_warm_start_says_in_one_line_what_is_wrong(start, capsys, text, flags, said):
+    if text is not None:
+        Path(start[1]).write_text(text)
+    with pytest.raises(SystemExit) as error:
+        warm_start.main([*start, *flags])
+    told = capsys.readouterr().err
+    assert error.value.code == 2 and re.fullmatch(r"warm_start\.py: error: .*\n", told) and said in told
+    assert not Path(start[2]).exists()
+
+
+def test_a_warm_start_overwrites_nothing_and_needs_its_inputs(start, capsys):
+    for i, name in ((0, f"{start[0]}/nothing"), (1, "nothing.jsonl"), (2, start[0])):
+        with pytest.raises(SystemExit) as error:
+            warm_start.main([*start[:i], name, *start[i + 1 :]])
+        assert error.value.code == 2 and "error" in capsys.readouterr().err
+
+
+# ---------------------------------------------------- neighbours.py --------------------------------------------------
+
+
+def test_vl_norm_weighs_by_the_length_to_the_minus_three_quarters():
+    weights = neighbours.vl_norm_weights(torch.tensor([[1, 16], [81, 1]]), "sequence")
+    torch.testing.assert_close(weights, torch.tensor([[1, 1 / 8], [1 / 27, 1]]) / (2 + 1 / 8 + 1 / 27))
+
+
+def test_normalized_sgd_steps_one_length_along_the_mean_of_gradients_and_not_at_zero():
+    optimizer = neighbours.NormalizedSGD([x := torch.zeros(1), y := torch.ones(1)], lr=0.5)
+    # Means of the gradients: (0, 0), (0.3, 0.4), (0, -1).
+    for gradients, expected in (((0, 0), (0, 1)), ((3, 4), (-0.3, 0.6)), ((-2.7, -13.6), (-0.3, 1.1))):
+        x.grad, y.grad = (torch.tensor([float(g)]) for g in gradients)
+        optimizer.step()
+        assert (x.item(), y.item()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_vespo_weighs_each_sequence_by_its_ratio():
+    logprobs = torch.tensor([[-1.0, -2.0], [-1.0, 0.0], [-9.0, -9.0]], requires_grad=True)
+    old = torch.tensor([[-1.0, -2.0 - math.log(2)], [-1.0 - math.log(2), 0.0], [-9.0, -109.0]])  # W = 2, 2, e^100
+    advantages, weights = torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([[0.5], [0.25], [1.0]])
+    neighbours.vespo_loss(logprobs, old, advantages, weights, clip=0.0).backward()
+    phi = [2**2 * math.exp(3 * (1 - 2)), 2**3 * math.exp(2 * (1 - 2))]
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.5 * phi[0]] * 2, [0.25 * phi[1]] * 2, [0.0] * 2]))
+
+
+@pytest.mark.parametrize("kl, rho", [(0.0, 0.96), (0.006, 2**-0.1), (9.0, 0.875)])
+def test_spo_remembers_each_prompt_and_forgets_as_the_policy_moves(monkeypatch, kl, rho):
+    tracker = neighbours.Tracker()
+    monkeypatch.setattr(tracker, "divergence", lambda group: kl)
+    tracker.groups = [SimpleNamespace(prompt=torch.tensor(prompt)) for prompt in ([1, 2], [3])]
+    for rewards, raw in (
+        # Less the mean of the others; less 1/3 and 1; less (rho + 1) / (3 rho + 3) and rho / (1 + rho).
+        ([[1, 0, 0], [1, 1, 1]], [[1, -0.5, -0.5], [0, 0, 0]]),
+        ([[0, 0, 1], [0, 0, 0]], [[-1 / 3, -1 / 3, 2 / 3], [-1, -1, -1]]),
+        ([[1, 1, 0], [0, 1, 0]], [[2 / 3, 2 / 3, -1 / 3], [x - rho / (1 + rho) for x in (0, 1, 0)]]),
+    ):
+        A = torch.tensor(raw, dtype=torch.float64)
+        found = tracker.advantages(torch.tensor(rewards, dtype=torch.float64), "std")
+        torch.testing.assert_close(found, (A - A.mean()) / (A.std(correction=0) + 1e-6))
+
+
+@slow
+@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2", "spo"])
+def test_each_method_runs(method, tmp_path):
+    lines = Path(grpo.TASKS["letters"].train).read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:12]))  # each is sampled twice and more
+    flags = f"--prompts 4 --group 4 --steps 8 --data {tmp_path}/few.jsonl --eval-problems 3 --out {tmp_path}/run"
+    command = [sys.executable, neighbours.__file__, *method.split(), *flags.split()]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"skipped": 0') == 8
+    refused = subprocess.run([*command, "--geometry-every", "1"], capture_output=True, text=True)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
