@@ -1078,7 +1078,7 @@ def test_the_default_run_learns(norm, seed, tmp_path):
     assert command([f"--norm={norm}", f"--seed={seed}", f"--out={tmp_path}"]) == 0
     metrics = read(tmp_path)
     assert metrics[-1]["eval_pass_rate"] > max(0.8, metrics[0]["eval_pass_rate"] + 0.25)
-    assert time.perf_counter() - began < 120
+    assert time.perf_counter() - began < 300
 
 
 # ----------------------------------------------------- analyze.py ----------------------------------------------------
