@@ -334,7 +334,7 @@ def load_policy(config: Config):
 
 
 def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, **options):
-    """Attention by two matrix products, query heads that share a key head as further queries of it: a fifth of a step.
+    """Attention by two matrix products, query heads that share a key head as further queries of it; for CPUs, faster.
     query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N], added. Returns [B, T, H, D]."""
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("attention that is no plain softmax")
@@ -697,6 +697,7 @@ def train(config: Config, dataset: Dataset | None = None, reward: Callable | Non
                 optimizer.step()
                 policy.publish()
             optimizer.zero_grad()
+            del gradient, part  # a rollout needs the memory
         updated = time.perf_counter()
 
         # Log: a line speaks of the policy before this step's update.
