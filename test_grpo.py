@@ -805,7 +805,8 @@ def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_pat
         shutil.rmtree(out)
 
 
-MORE = [dict(norm="none", agg="mean"), dict(norm="var", kl=0.1, epochs=2), dict(lora=4, lr=1.0)]
+MORE = [dict(norm="none", agg="mean", probe_every=-1), dict(norm="var", kl=0.1, epochs=2, probe_every=-1)]
+MORE += [dict(lora=4, lr=1.0)]
 
 
 @pytest.mark.parametrize(
