@@ -784,7 +784,8 @@ def statuses(processes) -> list[int]:
     return [each.exitcode for each in processes]
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(1, 10), pytest.param(50, 20, marks=slow)])
+@slow
+@pytest.mark.parametrize(("kills", "steps"), [(50, 20)])
 def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_path):
     """SIGKILL at seeded moments, until `kills` of them have hit; a checkpoint is written at every second step."""
     config = settings(tmp_path / "whole", save_every=2, steps=steps)
