@@ -426,6 +426,12 @@ def test_a_run_is_the_naive_one(changes, tmp_path):
     torch.testing.assert_close(merged(ids).logits, naive_forward(plain, theta)(ids).logits, rtol=1e-3, atol=1e-3)
 
 
+def test_the_rate_is_the_tasks_own_and_ten_times_that_with_adapters():
+    rates = {task: Config(task=task).lr for task in grpo.TASKS}
+    assert rates == {"letters": 2e-4, "arith": 3e-4, "gsm8k": 1e-6, "math": 1e-6}
+    assert Config(task="gsm8k", lora=64).lr == pytest.approx(1e-5) and Config(lr=0.5, lora=1).lr == 0.5
+
+
 def read(out, name: str = "metrics.jsonl") -> list[dict]:
     """A log, without what the clock says."""
     clock, lines = ("seconds_rollout", "seconds_update", "tokens_per_second"), (Path(out) / name).read_text()
