@@ -80,7 +80,7 @@ class Config:
     task: Literal["letters", "arith", "gsm8k", "math"] = "letters"  # problems and their reward
     model: str = ""  # a directory or hub name; empty: the task's
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
-    data: str = ""  # JSONL file of training problems instead of the task's own
+    data: str = ""  # training problems instead of the task's own: a JSONL file, or PATH:NAME:SPLIT of a hub data set
     eval_data: str = ""  # JSONL file of held-out problems; empty: the task's test split, or part of --data
     instruction: str = ""  # prompt text around {question}; empty: the task's
     chat: bool = True  # use the tokenizer's chat template if it has one
@@ -140,7 +140,8 @@ class Config:
 
 
 def advantage_scale(rewards, norm, eps=1e-6):
-    """What each prompt's centred rewards are multiplied by, see above. rewards: [P, G] -> [P, 1].
+    """What each prompt's centred rewards are multiplied by. rewards: [P, G] -> [P, 1]. norm: "none" 1, "std" 1 / (sigma
+    + eps), "var" 1 / (sigma^2 + eps), "batch" 1 / (deviation of all + eps); population deviations (correction=0).
     0 for a group of equal rewards under every norm: there rounding alone would be divided by eps."""
     std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
     scale = {
@@ -888,7 +889,6 @@ MAY_CHANGE = ("steps", "eval_every", "save_every", "micro_batch", "device", "out
 
 def append(path: Path, rows: list):
     """Add one JSON line a row; a number that is not finite, which JSON lacks, becomes null."""
-
     rows = json.loads(json.dumps(rows, default=Tensor.tolist), parse_constant=lambda name: None)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
