@@ -398,7 +398,8 @@ def rollout(policy: Policy, prompts: list, uniforms: Tensor, temperature: float)
     mask = (torch.arange(width, device=device) >= width - sizes[:, None]).long()
     position = (mask.cumsum(1) - 1).clamp(min=0)  # of left-padded rows, which absolute ones depend on
     cache = DynamicCache()  # given: a sliding-window model's own keeps too few keys
-    options: dict = dict(past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # The last logits, by index: from a slice's strided view torch would copy the output layer for every prompt.
+    options: dict = dict(past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor([-1]))
     output = model(ids, attention_mask=mask, position_ids=position, output_hidden_states=G > 1, **options)
     hidden = output.hidden_states[-1].float() if G > 1 else mask[..., None]  # large, and of no use in an evaluation
     features = (hidden * mask[..., None]).sum(1) / sizes[:, None]  # [P, D]
@@ -478,7 +479,7 @@ def pass_logprobs(forward: Callable, group: Group, rows: list[int], config: Conf
         tokens = group.tokens[part, : int(lengths[0])].to(config.device)  # [n, T]
         cache = DynamicCache()  # given, as in the rollout
         if len(prompt) > 1:  # the last token starts the completions
-            forward(prompt[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            forward(prompt[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=torch.tensor([-1]))
             cache.batch_repeat_interleave(len(part))
         inputs = torch.cat([prompt[-1].expand(len(part), 1), tokens[:, :-1]], dim=1)
         logits = forward(inputs, past_key_values=cache, use_cache=True).logits  # [n, T, V]
@@ -639,9 +640,7 @@ def train(config: Config, dataset: Dataset | None = None, reward: Callable | Non
         if rank == 0 and step > start and (number or step == config.steps or step % config.save_every == 0):
             save_checkpoint(config, policy, optimizer, step)
         if number:
-            raise RunError(
-                f"{signal.Signals(number).name}: the same command with --resume goes on from there", 128 + number
-            )
+            raise RunError(f"{signal.Signals(number).name}: the same command with --resume goes on", 128 + number)
         evaluation: dict = {}
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
             both = [gather(groups) for groups in evaluate(policy, held_out, mine_held_out, reward, config)]
