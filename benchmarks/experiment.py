@@ -9,6 +9,7 @@
     python benchmarks/experiment.py neighbours      # the methods of neighbours.py
     python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl     # a language model with adapters
     python benchmarks/experiment.py table           # what they say, one line a comparison and norm
+    python benchmarks/experiment.py condition       # gap against overlap: a table, and OUT/condition.png
     python benchmarks/experiment.py exact           # no runs: policies whose gradient is known, every G and none
 
 Runs lie in OUT/STUDY/VARIANT/; `python analyze.py runs/experiment/letters/default/*` reports on them in full.
@@ -31,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 from scipy import special, stats
 
 HERE = Path(__file__).resolve().parent
@@ -129,8 +132,9 @@ def model(given: argparse.Namespace) -> Plan:
         unfinished.rename(start)
     flags = dict(task="gsm8k", model=start, data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
     flags |= dict(instruction=instruction, chat=False, lora=64, dtype="bfloat16", lr=given.lr)
-    flags |= dict(prompts=8, group=8, max_new_tokens=28, steps=given.steps, save_every=10)
-    flags |= dict(geometry_every=3, probe_every=15, eval_every=25, eval_problems=300)
+    flags |= dict(prompts=4, group=8, max_new_tokens=28, steps=given.steps, save_every=10)
+    flags |= dict(max_grad_norm=0)  # a limit would act on std's larger gradients alone
+    flags |= dict(geometry_every=5, probe_every=30, eval_every=75, eval_problems=150)
     yield from paired(f"{start.name}-{given.lr:g}", NORMS[:2], given.seeds, **flags)
 
 
@@ -206,6 +210,44 @@ def table(out: Path) -> str:
     return f"{analyze.markdown(rows)}\n\n{analyze.markdown(rates)}"
 
 
+def condition(out: Path) -> str:
+    """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and `arith`; a picture.
+    The largest gap is of 30 steps on end, picked by the pairs' mean: above 0 by noise alone. Geometry: of std."""
+    studies = {"0 of 3 digits": "letters/default"} | {f"{n} of 3 digits": f"overlap/{n}-of-3" for n in (1, 2, 3)}
+    studies |= {"arith": "arith/default"}
+    figure, rows = Figure(figsize=(12, 3.4), layout="constrained"), dict[str, dict[str, Any]]()
+    curves, *axes = figure.subplots(1, 4, width_ratios=(2, 1, 1, 1))
+    curves.set_prop_cycle(
+        color=["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"], linestyle=["-", "--", "-.", ":", "-"]
+    )
+    for name, study in studies.items():
+        runs = [run for run in whole_runs(out / study) if run.config["norm"] in ("std", "none")]
+        rates = pd.concat([run.log for run in runs]).pivot(index="step", columns=["norm", "seed"], values="rate")
+        gaps = 100 * (rates["std"] - rates["none"]).dropna()  # points, a column a pair
+        smooth = gaps.rolling(30).mean()
+        widest = smooth.mean(axis=1).idxmax()
+        values: dict[str, Any] = {"gap, mean of all steps": analyze.mean_interval(gaps.mean())}
+        values |= {"largest gap of 30 steps": analyze.mean_interval(smooth.loc[widest]), "its last step": float(widest)}
+        rows[name] = (
+            {"pairs": float(gaps.shape[1])}
+            | values
+            | early_geometry([run for run in runs if run.config["norm"] == "std"])
+        )
+        curves.plot(smooth.index - 15, smooth.mean(axis=1), label=name)
+    curves.axhline(0, color="grey", linewidth=0.5)
+    curves.set(title="std − none, points (mean of 30 steps)", xlabel="step")
+    curves.legend(title="shared by all prompts", fontsize=8)
+    for axis, key in zip(axes, ("largest gap of 30 steps", "corrected cosine", "interference")):
+        means, lows, highs = zip(*(row[key] for row in rows.values()))
+        bars = np.array([np.subtract(means, lows), np.subtract(highs, means)])
+        axis.errorbar(range(len(rows)), means, bars, fmt="o", color="black", capsize=3)
+        axis.set(title=key, xlabel="digits shared", xlim=(-0.5, 4.5))
+        axis.set_xticks(range(len(rows)), [label.split()[0] for label in rows])
+        axis.axhline(axis is axes[2], color="grey", linewidth=0.5)  # no gap; orthogonal
+    figure.savefig(out / "condition.png", dpi=120)
+    return analyze.markdown(rows)
+
+
 def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
     """What the expected gradient of a norm is, over that of the pass rate J, for groups of a size (0: no sampling).
     `std`: E[sd / (J (1 - J))] over the binomial number of right completions.
@@ -253,7 +295,7 @@ def main() -> None:
     """The command line."""
     plans = {plan.__name__: plan for plan in (letters, rates, norms, groups, overlap, arith, neighbours, model)}
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("study", choices=[*plans, "table", "exact"])
+    parser.add_argument("study", choices=[*plans, "table", "condition", "exact"])
     parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     parser.add_argument("--model", help="of model: directory or hub name")
@@ -262,8 +304,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of model")
     parser.add_argument("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
     given = parser.parse_args()
-    if given.study in ("exact", "table"):
-        print(exact() if given.study == "exact" else table(given.out))
+    if given.study in ("table", "condition", "exact"):
+        print({"table": table, "condition": condition}[given.study](given.out) if given.study != "exact" else exact())
         return
     if given.study == "model" and not (given.model and given.svamp and given.svamp.is_file()):
         parser.error("model needs --model and --svamp FILE.jsonl")
