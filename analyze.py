@@ -3,8 +3,8 @@
     python analyze.py runs/*-std-* runs/*-none-*              # three seeds or more of each: phases, tables, theory
     python analyze.py runs/letters-std-0                      # one run: its tables, and no verdict
 
-A report goes to the terminal and to analysis.md, its numbers to analysis.json, a picture to phases.png, all in the
-run's directory (of several runs: in the directory that holds them) or in --out.
+A report goes to the terminal and to analysis.md, its numbers to analysis.json, a picture of the first comparison to
+phases.png, all in the run's directory (of several runs: in the directory that holds them) or in --out.
 
 The paper (Ge et al., arXiv 2601.23135) sees three phases in the gap in pass rate between advantages over their standard
 deviation (std) and without (none): I alike, II opening, III no longer widening. Its reasons: first the reward deviation
@@ -39,7 +39,7 @@ METRICS += ["n_gradients", "cos_mean", "cos_std", "cos_positive", "cos_small", "
 PROMPTS = ["reward_std", "grad_norm", "grad_sq_signal", "fisher"]
 HALVES = ["pass_rate_half", "reward_std_half", "fisher_half", "curvature"]
 # Settings in which runs that are compared may differ: what is compared, and what changes nothing in training.
-FREE = {"norm", "seed", "lr", "out", "resume", "cache", "steps", "device", "micro_batch", "sketch", "save_every"}
+FREE = {"norm", "seed", "lr", "out", "resume", "steps", "device", "micro_batch", "save_every"}
 FREE |= {"eval_every", "geometry_every", "probe_every"}
 
 
@@ -129,9 +129,9 @@ def windows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def bins_of(x: pd.Series) -> pd.Series:
-    """A label for every value: itself where there are eight or fewer, else one of up to nine bins of like size."""
+    """A label for every value: itself where there are eight or fewer, else one of up to eight bins of like size."""
     x = x.round(9)
-    return x if x.nunique() <= 8 else (8 * x.rank(pct=True)).round()
+    return x if x.nunique() <= 8 else np.ceil(8 * x.rank(pct=True))
 
 
 def bands(groups: Iterable[tuple[float, Iterable[float]]]) -> pd.DataFrame:
@@ -259,18 +259,18 @@ def detect_phases(
 # -------------------------------------------------------- Laws --------------------------------------------------------
 
 
-def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike, largest_std: float = 0.5) -> float:
-    """Ascent gained by steps 1/sigma a prompt over one step size for all, largest_std * sum(|g|^2/sigma) / sum(|g|^2).
+def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> float:
+    """Ascent gained by steps 1/sigma a prompt over one step size for all, sum(|g|^2/sigma) / sum(|g|^2) / 2.
 
     grad_squares: [P] squared norms of prompt gradients, or estimates without noise; reward_std: [P] within-prompt
-    standard deviations; largest_std: the largest there can be, 1/2 for rewards of 0 and 1. Prompts with NaN or without
-    variance are left out. At least 1 for true norms; NaN if they do not sum to more than 0. Holds for orthogonal
-    prompts and curvature proportional to sigma.
+    standard deviations, at most 1/2 for rewards of 0 and 1. Prompts with NaN or without variance are left out. At least
+    1 for true norms; NaN if they do not sum to more than 0. Holds for orthogonal prompts and curvature proportional to
+    sigma.
     """
     squares, std = np.asarray(grad_squares, float), np.asarray(reward_std, float)
     present = np.isfinite(squares) & (std > 0)
     total = squares[present].sum()
-    return float(largest_std * (squares[present] / std[present]).sum() / total) if total > 0 else math.nan
+    return float((squares[present] / std[present]).sum() / total / 2) if total > 0 else math.nan
 
 
 def curvature_exponent(sigma: ArrayLike, variance: ArrayLike, curvature: ArrayLike) -> dict[str, Any]:
@@ -421,7 +421,10 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
 
     found = {"norm": main, "last_step": last, "phases": phases, "norms": table, "cosines": rows, "exponents": laws}
     found |= {"corrected_change": change, "C_below_1_since": int(below[0]) if len(below) else None}
-    found["correlations"] = {name: {"r": mean_interval(values), "steps": len(values)} for name, values in pairs.items()}
+    found["correlations"] = {
+        name: {"r": mean_interval(values.groupby("seed").mean()), "steps": len(values)}
+        for name, values in pairs.items()
+    }
     lines = {"pass rate (training prompts)": rates, "gap in pass rate to none": gaps}
     lines["mean σ within prompts"] = wide["reward_std"]
     lines["cosines of prompt gradients"] = wide.xs(main, axis=1, level="norm")[["cos_std", "cos_mean"]]
@@ -491,9 +494,9 @@ a little too large. `with noise`: the prediction from gradients as sampled.
 | paper, step 500 | 0.056 | 0.130 | 0.664 | 0.524 | 4950 |
 
 Assumption 4 allows no pair below 0; sampled, their share is {conflict}. GRPO has the better bound where
-C(T) < 1: from the start to T it is so {"for no T" if since is None else f"for every T from {since} on"}. σ of few
-completions is too low (0.464 for 0.5 at 8), and so is C. Features: mean size of the cosines of prompts' hidden states,
-raw and centred; 0.088 in the paper (section 4.1).
+C(T) < 1: from the start to T it is so {"for no T measured" if since is None else f"for every T from {since} on"}. σ of
+few completions is too low (0.464 for 0.5 at 8), and so is C. Features: mean size of the cosines of prompts' hidden
+states, raw and centred; 0.088 in the paper (section 4.1).
 
 ### Curvature and reward variance over prompts (Table 1)
 {markdown(found["correlations"])}
@@ -551,7 +554,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = "Phases, norms, geometry and theory in the logs of grpo.py."
     parser = argparse.ArgumentParser("analyze.py", argparse.SUPPRESS, about, allow_abbrev=False)  # errors in one line
     parser.add_argument("runs", nargs="+", type=Path, help="run directories of grpo.py")
-    parser.add_argument("--target", type=float, help="pass rate to reach; without it 0.9 of the lowest final one")
+    parser.add_argument("--target", type=float, help="pass rate to reach; else 0.9 of the lowest final one")
     parser.add_argument("--out", type=Path, help="directory of report and picture")
     given = parser.parse_args(arguments)
     runs, problems = [], []

@@ -565,10 +565,11 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
 
 
 def test_the_description_of_a_measured_step_by_hand():
-    """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like them."""
-    vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like them. The
+    first half has 2 of 3 completions."""
+    vectors, apart = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.5, 2.0], [-1.0, -4.0]])
     groups = [SimpleNamespace(rewards=torch.zeros(3), feature=vector) for vector in vectors]
-    found = [{"vectors": vector.expand(2, 2)} for vector in vectors]
+    found = [{"vectors": vector + apart} for vector in vectors]
     line, columns = grpo.describe_measured(groups, torch.tensor([2.0, 1.0]).double(), found, True)
     assert columns["cos_update"].tolist() == pytest.approx([5 / 41**0.5, 31 / (5 * 41**0.5)])
     assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
@@ -617,6 +618,8 @@ def test_what_a_run_leaves(whole):
         (rows.reward_std, std),
         (rows.scale, np.where(std > 0, 1 / (std + 1e-6), 0)),
         (lines.pass_rate, steps.pass_rate.mean()),
+        (lines.frac_all_right, steps.pass_rate.apply(lambda rates: (rates == 1).mean())),
+        (lines.frac_all_wrong, steps.pass_rate.apply(lambda rates: (rates == 0).mean())),
         (lines.n_gradients, steps.mixed.sum()),
         (lines.signal_share, (steps.grad_sq_signal.sum() / steps.square.sum()).where(steps.mixed.sum() > 1)),
     ):
@@ -689,7 +692,7 @@ def test_a_run_begins_anew_where_none_began_and_a_finished_one_goes_on(whole, tm
     assert [row["step"] for row in read(tmp_path) if "eval_reward" in row] == [0, 4, 8, 11]
 
 
-FOREIGN = {"state": json.dumps({"step": 1, "skipped": 0, "logs": {}, "config": {}})}
+FOREIGN = {"state": json.dumps({"step": 1, "logs": {}, "config": {}})}
 HARM = [  # what happens to the files, settings of the resuming run, what is said
     (lambda out: None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
     (lambda out: None, dict(norm="none", lr=2e-3), "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002"),
@@ -1010,12 +1013,6 @@ def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
 # ----------------------------------------- command line, models and the claim -----------------------------------------
 
 
-@pytest.fixture
-def offline(monkeypatch):
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-
-
 BAD = """
 --nrom std -> unrecognized arguments: --nrom std ‖ --norm sd -> invalid choice: 'sd'
 --group 1 -> group is 1, not a number from 2 on ‖ --group x -> invalid int value: 'x' ‖ --lora -1 -> lora is -1
@@ -1036,7 +1033,7 @@ def test_bad_input_is_one_line_and_status_2(line, tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)  # without a network, at once
     arguments, message = line.split(" -> ")
     assert command(arguments.split()) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("grpo.py: error: ") and message in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -1301,9 +1298,9 @@ def write_run(path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, change
     log = log.assign(n_gradients=16, cos_mean=0.02, interference=2.5, signal_share=0.5, **dict(changed))
     last = {"step": n, "eval_pass_rate": float(sum(rates[-1:]))}
     (path / "metrics.jsonl").write_text(log.to_json(orient="records", lines=True) + json.dumps(last) + "\n")
-    fixed = dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
+    k, fixed = (-1) ** seed, dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
     rows = [
-        dict(step=t, reward_std=s, grad_sq_signal=0.5 - s, reward_std_half=[s, 0.4], curvature=[s, None]) | fixed
+        dict(step=t, reward_std=s, grad_sq_signal=0.5 - s, reward_std_half=[s, 0.4], curvature=[k * s, None]) | fixed
         for t in range(0, n, 2)
         for s in (0.3, 0.4, 0.5)
     ]
@@ -1345,6 +1342,11 @@ def test_twice_as_fast_is_a_speed_up_of_two(races):
     for goal in (0.1, 0.88):  # begun beyond; not reached by one without normalization
         norms = compared(races, goal)["norms"]
         assert np.isnan(norms["std"]["speed-up"]).all() and np.isnan(norms["none"][f"steps to {goal:.2f}"]).all()
+
+
+def test_the_interval_of_a_correlation_is_over_seeds(races):
+    r = compared(races)["correlations"]["curvature against σ, pass rate < ½"]["r"]  # 1, -1, 1 in every step
+    assert r == pytest.approx([1 / 3, 1 / 3 - 4.3027 * 2 / 3, 1 / 3 + 4.3027 * 2 / 3], rel=1e-4)
 
 
 def test_c_of_t_and_the_step_since_which_it_is_below_1(tmp_path):

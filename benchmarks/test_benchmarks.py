@@ -1,5 +1,6 @@
 """Tests of make_tasks.py, warm_start.py and neighbours.py; `GRPO_SLOW=1 pytest` runs the slow ones too."""
 
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import experiment  # noqa: E402
 import make_tasks  # noqa: E402
 import neighbours  # noqa: E402
 import warm_start  # noqa: E402
@@ -240,6 +242,22 @@ def test_spo_remembers_each_prompt_and_forgets_as_the_policy_moves(monkeypatch, 
         torch.testing.assert_close(found, (A - A.mean()) / (A.std(correction=0) + 1e-6))
 
 
+def test_spo_measures_how_far_the_policy_has_moved():
+    """k3 a token, exp(d) - d - 1 with d = now - then, of whole sequences without a cache."""
+    config, tracker = grpo.Config(device="cpu", max_new_tokens=6), neighbours.Tracker()
+    policy = grpo.load_policy(config)
+    torch.manual_seed(0)
+    (group,) = tracker.rollout(policy, [[5, 6, 7, 8]], torch.rand(1, 4, 6), 1.0)
+    for parameter in policy.parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape)
+    differences = []
+    for row, length, then in zip(group.tokens, group.lengths.tolist(), group.logprobs):
+        logits = policy.model(torch.cat([group.prompt, row[:length]])[None]).logits[0, -length - 1 : -1]
+        differences += (logits.log_softmax(-1)[range(length), row[:length]] - then[:length]).tolist()
+    d = np.array(differences)
+    assert np.abs(d).mean() > 0.1 and tracker.divergence(group) == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
+
+
 @slow
 @pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2", "spo"])
 def test_each_method_runs(method, tmp_path):
@@ -251,3 +269,18 @@ def test_each_method_runs(method, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"skipped": 0') == 8
     refused = subprocess.run([*command, "--geometry-every", "1"], capture_output=True, text=True)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------- experiment.py --------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["none", "std"])
+@pytest.mark.parametrize("group", [2, 4])
+def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
+    """One prompt with pass rate J = sigmoid(z), so dJ/dz = J (1 - J), and d log pi/dz is 1 - J or -J."""
+    J, expected = 0.3, 0.0
+    for rewards in itertools.product((0.0, 1.0), repeat=group):
+        r = torch.tensor([rewards], dtype=torch.float64)
+        terms = grpo.group_advantages(r, norm, eps=0.0) * (r - J)
+        expected += float(terms.mean()) * math.prod(J if reward else 1 - J for reward in rewards)
+    assert experiment.family_scale(np.array([J]), group, norm) == pytest.approx([expected / (J * (1 - J))])
