@@ -81,7 +81,7 @@ class Config:
     model: str = ""  # a directory or hub name; empty: the task's
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
     data: str = ""  # training problems instead of the task's own: a JSONL file, or PATH:NAME:SPLIT of a hub data set
-    eval_data: str = ""  # JSONL file of held-out problems; empty: the task's test split, or part of --data
+    eval_data: str = ""  # held-out problems, like --data; empty: the task's test split, or part of --data
     instruction: str = ""  # prompt text around {question}; empty: the task's
     chat: bool = True  # use the tokenizer's chat template if it has one
     prompts: int = 16  # P, prompts a step
@@ -769,13 +769,13 @@ def marked_answer(text: str):
 
 
 def grade(completion: str, answer: str) -> float:
-    r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception, never over 3 seconds.
+    r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception.
     The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last number. Plain numbers
     are compared by value, the rest as LaTeX by math-verify, whose time limit, a second to read and one to compare, is a
-    signal, which only the main thread gets."""
+    signal, which only the main thread gets: elsewhere there is no limit."""
     given = marked_answer(completion)
     if given is None:
-        given = re.findall(rf"-?(?:{DIGITS})|$", completion[-1000:])[-2:][0]
+        given = re.findall(rf"(?:(?<![0-9])-)?(?:{DIGITS})|$", completion[-1000:])[-2:][0]
     given, answer = (text.replace("−", "-").strip() for text in (given, answer))
     if not given or len(given) > MAX_SPAN or len(answer) > MAX_SPAN:
         return 0.0
@@ -798,16 +798,16 @@ def grade(completion: str, answer: str) -> float:
 Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
 Problem = namedtuple("Problem", "question answer prompt")  # the prompt in the model's tokens
 QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
-TASKS = {}
-for name, lr in (("letters", 2e-4), ("arith", 3e-4)):
-    path = Path(__file__).resolve().parent / "assets" / name
-    files = f"{path}/train.jsonl", f"{path}/test.jsonl", f"{path}/model"
-    TASKS[name] = Task(*files, str.__eq__, 6, lr, "{question}")
-text = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
-TASKS["gsm8k"] = Task("openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN, grade, 512, 1e-6, text)
-text = "{question}\nReason step by step, and put the final answer within \\boxed{}."
-sets = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
-TASKS["math"] = Task(*sets, QWEN, grade, 1024, 1e-6, text)
+LAST_LINE = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
+BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
+MATH = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
+ASSETS, FILES = Path(__file__).resolve().parent / "assets", ("train.jsonl", "test.jsonl", "model")
+TASKS = {
+    name: Task(*(f"{ASSETS}/{name}/{file}" for file in FILES), str.__eq__, 6, lr, "{question}")
+    for name, lr in (("letters", 2e-4), ("arith", 3e-4))
+}
+TASKS["gsm8k"] = Task("openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN, grade, 512, 1e-6, LAST_LINE)
+TASKS["math"] = Task(*MATH, QWEN, grade, 1024, 1e-6, BOXED)
 COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
 
