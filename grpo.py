@@ -17,10 +17,10 @@ step on the policy gradient. `--norm` chooses the scale and nothing else:
 
 On the way it measures what Ge et al. (arXiv 2601.23135) explain the division by: the prompts' gradients, how orthogonal
 they are, and the curvature along them. Where conventions differ, this file takes: population standard deviation (TRL,
-verl, OpenRLHF: sample form), eps 1e-6; `--agg sequence`, the sum over a completion's tokens over the constant P*G, the
-gradient of the expected reward (GRPO as published: `mean` over each sequence's tokens; DAPO: `token`, over the batch's;
-Dr. GRPO: `--norm none --agg sequence` up to a constant). Where are the ratio and the clip? On-policy with one update a
-batch the ratio is 1: they act with `--epochs` > 1. No KL term unless `--kl` > 0.
+verl, OpenRLHF: sample form), eps 1e-6; `--agg sequence`, the sum over a completion's tokens over the constant P*G,
+(G-1)/G of the gradient of the expected reward (GRPO as published: `mean` over each sequence's tokens; DAPO: `token`,
+over the batch's; Dr. GRPO: `--norm none --agg sequence` up to a constant). Where are the ratio and the clip? On-policy
+with one update a batch the ratio is 1: they act with `--epochs` > 1. No KL term unless `--kl` > 0.
 
 The file reads top to bottom, and what follows `train` can be skipped. The functions under "Mathematics" need torch and
 their arguments alone (group_advantages: advantage_scale besides): copy them.
@@ -522,7 +522,7 @@ SKETCH = 65_536  # numbers kept of larger ones
 
 def measured_gradient(policy: Policy, group: Group, scale: Tensor, config: Config, gradient: Tensor, probe: bool):
     """group_gradient in two halves, each measured on the way; returns the log-probabilities and what was found.
-    scale: what rewards are multiplied by, 0 if all are equal. A half's own gradient is that of the expected reward:
+    scale: of the centred rewards, 0 if all are equal. A half's own gradient is that of the expected reward:
     uphill, the mean over the half of leave-one-out advantages * grad log pi. Found, as pairs of the halves: vectors
     [2, D], whole or sketched, and the columns of prompts.jsonl for probe steps."""
     G, rewards, square = len(group.rewards), group.rewards, lambda v: float(vector_norm(v, dtype=torch.float64)) ** 2
@@ -534,6 +534,7 @@ def measured_gradient(policy: Policy, group: Group, scale: Tensor, config: Confi
         uphill.weights, own = torch.full((G,), -1 / len(rows)), torch.zeros_like(gradient)
         if scale:
             logprobs += group_gradient(policy, uphill, rows, config, own)
+            # From uphill, by a half's leave-one-out mean, back to the whole batch's loss.
             gradient.add_(own, alpha=-float(group.weights[0] * scale) * len(rows) * (G - 1) / G)
         vectors.append((own if len(own) <= SMALL else count_sketch(own.split(1 << 24), SKETCH, seed=0)).cpu())
         if probe:
@@ -801,10 +802,10 @@ QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
 LAST_LINE = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
 BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
 MATH = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
-ASSETS, FILES = Path(__file__).resolve().parent / "assets", ("train.jsonl", "test.jsonl", "model")
+HERE = f"{Path(__file__).resolve().parent}/assets"
 TASKS = {
-    name: Task(*(f"{ASSETS}/{name}/{file}" for file in FILES), str.__eq__, 6, lr, "{question}")
-    for name, lr in (("letters", 2e-4), ("arith", 3e-4))
+    n: Task(f"{HERE}/{n}/train.jsonl", f"{HERE}/{n}/test.jsonl", f"{HERE}/{n}/model", str.__eq__, 6, lr, "{question}")
+    for n, lr in (("letters", 2e-4), ("arith", 3e-4))
 }
 TASKS["gsm8k"] = Task("openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN, grade, 512, 1e-6, LAST_LINE)
 TASKS["math"] = Task(*MATH, QWEN, grade, 1024, 1e-6, BOXED)

@@ -40,29 +40,35 @@ def reward(completion: str, answer: str) -> float:
     return zlib.crc32(completion.encode()) / 2**32
 
 
+def our_settings(args: argparse.Namespace, out: str = "") -> Any:
+    """A grpo.Config for one more step than are timed."""
+    import grpo
+
+    every = int(args.side == "measured")
+    return grpo.Config(
+        model=args.model,
+        data=args.data,
+        instruction="{question}",
+        prompts=args.prompts,
+        group=args.group,
+        max_new_tokens=args.new_tokens,
+        steps=args.steps + 1,
+        lr=1e-6,
+        dtype=args.dtype,
+        geometry_every=every,
+        probe_every=every,
+        eval_every=0,
+        eval_problems=1,
+        out=out,
+    )
+
+
 def run_ours(args: argparse.Namespace) -> list[float]:
     """Seconds of each step of grpo.train, as its log has them."""
     import grpo
 
-    every = int(args.side == "measured")
     with tempfile.TemporaryDirectory() as out:
-        config = grpo.Config(
-            model=args.model,
-            data=args.data,
-            instruction="{question}",
-            prompts=args.prompts,
-            group=args.group,
-            max_new_tokens=args.new_tokens,
-            steps=args.steps + 1,
-            lr=1e-6,
-            dtype=args.dtype,
-            geometry_every=every,
-            probe_every=every,
-            eval_every=0,
-            eval_problems=1,
-            out=out,
-        )
-        grpo.train(config, reward=reward)
+        grpo.train(our_settings(args, out), reward=reward)
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [line["seconds_rollout"] + line["seconds_update"] for line in lines if "seconds_update" in line]
 
@@ -73,6 +79,8 @@ def run_trl(args: argparse.Namespace) -> list[float]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
+
+    import grpo
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -88,8 +96,11 @@ def run_trl(args: argparse.Namespace) -> list[float]:
         return [reward(c if isinstance(c, str) else c[0]["content"], "") for c in completions]
 
     chat = AutoTokenizer.from_pretrained(args.model).chat_template
-    rows = Dataset.from_json(args.data).select(range(args.prompts * (args.steps + 1)))
-    rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["question"]}] if chat else row["question"]})
+    settings = our_settings(args)
+    problems, _ = grpo.load_problems(settings, None, reward)
+    order = [row for step in range(args.steps + 1) for row in grpo.prompt_rows(step, settings, len(problems))]
+    texts = [problems[row][0] for row in order]  # the prompts of our steps
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": x}] if chat else x} for x in texts])
     batch, clock = args.prompts * args.group, Clock()
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
