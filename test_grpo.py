@@ -871,14 +871,14 @@ GRADES = r"""
 1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1 ‖ 1234.5 ✓ \boxed{\$1,234.50} ‖ 7.5 ✓ \boxed{\$7.50}
 10000 ✓ \boxed{10,\!000} ‖ 3.5 ✓ \boxed 3.5.
 3 ✓ pages 1-3 ¦ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
-4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples ‖ 50 ✓ #### 50% ¦ #### 50\% ‖ -3 ✓ it is -3
+4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples ‖ 50 ✓ #### 50% ¦ #### 50\%
 5 ✓ #### €5 ¦ #### 5 km/hour ¦ #### 5 m ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x ‖ 1/2 ✓ #### .5
 0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12} ‖ 2 ✗ \boxed{2\pi} ¦ \boxed{\sqrt{2}}
 2\sqrt{2} ✓ \boxed{\sqrt{8}} ‖ \text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob}
 90 ✓ \boxed{90^\circ} ‖ \left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
 (-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864} ‖ 15 ✓ \boxed{15 \text{ cm}^{3}}
 \text{e} ✗ \boxed{\text{e}^2} ‖ (3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
-1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}}
+1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}} ‖ -3 ✓ it is -3
 """
 
 
