@@ -80,7 +80,7 @@ class Config:
     task: Literal["letters", "arith", "gsm8k", "math"] = "letters"  # problems and their reward
     model: str = ""  # a directory or hub name; empty: the task's
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
-    data: str = ""  # training problems instead of the task's own: a JSONL file, or PATH:NAME:SPLIT of a hub data set
+    data: str = ""  # training problems instead of the task's own: a JSONL file, or PATH[:NAME]:SPLIT of a hub data set
     eval_data: str = ""  # held-out problems, like --data; empty: the task's test split, or part of --data
     instruction: str = ""  # prompt text around {question}; empty: the task's
     chat: bool = True  # use the tokenizer's chat template if it has one
@@ -795,7 +795,7 @@ def grade(completion: str, answer: str) -> float:
         return 0.0
 
 
-# Defaults of a task; train, test: a JSONL file, or PATH:NAME:SPLIT of load_dataset.
+# Defaults of a task; train, test: a JSONL file, or PATH[:NAME]:SPLIT of load_dataset.
 Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
 Problem = namedtuple("Problem", "question answer prompt")  # the prompt in the model's tokens
 QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
@@ -814,12 +814,12 @@ OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.
 
 
 def load_rows(source: str, graded: bool, raw: Dataset | None = None):
-    """Question and final answer of every row of a JSONL file, a hub data set PATH:NAME:SPLIT, or `raw`, thus named.
+    """Question and final answer of every row of a JSONL file, a hub data set PATH[:NAME]:SPLIT, or `raw`, thus named.
     Raises InputError for what cannot be loaded, or for a row (from 1) without a question and an answer to grade."""
     try:
         if raw is None:
             path, *hub = [source] if Path(source).is_file() else source.split(":")
-            raw = load_dataset(path, hub[0], split=hub[1]) if hub else Dataset.from_json(path)
+            raw = load_dataset(path, *hub[:-1], split=hub[-1]) if hub else Dataset.from_json(path)
     except Exception as error:  # what datasets raises has no common class
         raise InputError(f"cannot load {source}: {error} {OFFLINE}") from error
     question, answer = ([n for n in names if n in raw.column_names] for names in COLUMNS)

@@ -941,6 +941,12 @@ def test_columns_are_found_by_name_and_unusable_rows_named(line):
         grpo.load_rows("file", True, rows)
 
 
+def test_a_split_of_a_data_set_is_loaded_with_or_without_a_configuration(tmp_path):
+    for split, answer in (("train", 1), ("test", 2)):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "q", "answer": answer}))
+    assert grpo.load_rows(f"{tmp_path}:test", True) == grpo.load_rows(f"{tmp_path}:default:test", True) == [("q", "2")]
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
 @pytest.mark.parametrize(("file", "task"), [("gsm8k_test", "gsm8k"), ("svamp", "gsm8k"), ("math500", "math")])
 def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
