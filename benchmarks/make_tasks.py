@@ -29,12 +29,11 @@ HELD_OUT = 512
 
 
 class Task(NamedTuple):
-    """Problems to train on, problems held out, the warm start's solutions with slips, and its length in steps."""
+    """Problems to train on, problems held out, and the warm start's solutions, which have slips."""
 
     train: Pairs
     test: Pairs
     solutions: Pairs
-    steps: int
 
 
 def make_arith() -> Task:
@@ -56,7 +55,7 @@ def make_arith() -> Task:
         texts.append(["".join(map(str, row)) for row in np.stack([*digits, carry], 1).tolist()])
     questions = [f"{k // 1000:03}+{k % 1000:03}=" for k in pairs.tolist()]
     answers, solutions = (list(zip(questions, column, strict=True)) for column in texts)
-    return Task(answers[: size // 4], answers[size:], solutions[:size], 2000)
+    return Task(answers[: size // 4], answers[size:], solutions[:size])
 
 
 # letter: (what it adds to each digit, what a slip adds instead, how often the warm start's digits are right)
@@ -91,7 +90,7 @@ def make_letters(shared: int = 0) -> Task:
 
     rows = [solve(*problem, False) for problem in problems]
     solutions = [solve(*problem, True) for _ in range(24) for problem in problems[:-HELD_OUT]]  # slips anew each time
-    return Task(rows[:-HELD_OUT], rows[-HELD_OUT:], solutions, 2000)
+    return Task(rows[:-HELD_OUT], rows[-HELD_OUT:], solutions)
 
 
 TASKS = {"arith": make_arith, "letters": make_letters}
@@ -124,7 +123,7 @@ def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-def warm_start(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int) -> None:
+def warm_start(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = 2000) -> None:
     """Train the model in place: cross-entropy of the solutions' tokens, AdamW, batches of 64, linear decay to 0.
 
     All questions have one length, and all solutions: a batch needs no padding.
@@ -156,7 +155,7 @@ def make(name: str, out: Path) -> None:
     for split in ("train", "test"):
         rows = [{"question": question, "answer": answer} for question, answer in getattr(task, split)]
         (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    warm_start(model, tokenizer, task.solutions, task.steps)
+    warm_start(model, tokenizer, task.solutions)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
 
