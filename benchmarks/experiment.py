@@ -217,9 +217,8 @@ def condition(out: Path) -> str:
     studies |= {"arith": "arith/default"}
     figure, rows = Figure(figsize=(12, 3.4), layout="constrained"), dict[str, dict[str, Any]]()
     curves, *axes = figure.subplots(1, 4, width_ratios=(2, 1, 1, 1))
-    curves.set_prop_cycle(
-        color=["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"], linestyle=["-", "--", "-.", ":", "-"]
-    )
+    colors, styles = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"], ["-", "--", "-.", ":", "-"]
+    curves.set_prop_cycle(color=colors, linestyle=styles)
     for name, study in studies.items():
         runs = [run for run in whole_runs(out / study) if run.config["norm"] in ("std", "none")]
         rates = pd.concat([run.log for run in runs]).pivot(index="step", columns=["norm", "seed"], values="rate")
@@ -228,14 +227,14 @@ def condition(out: Path) -> str:
         widest = smooth.mean(axis=1).idxmax()
         values: dict[str, Any] = {"gap, mean of all steps": analyze.mean_interval(gaps.mean())}
         values |= {"largest gap of 30 steps": analyze.mean_interval(smooth.loc[widest]), "its last step": float(widest)}
-        rows[name] = (
-            {"pairs": float(gaps.shape[1])}
-            | values
-            | early_geometry([run for run in runs if run.config["norm"] == "std"])
-        )
+        values |= early_geometry([run for run in runs if run.config["norm"] == "std"])
+        found = analyze.compare(runs, None)[0]
+        values |= {key: found["norms"]["std"][key] for key in ("speed-up", "predicted")}
+        rows[name] = {"pairs": float(gaps.shape[1])} | values | {"phases found": float(found["phases"]["found"])}
         curves.plot(smooth.index - 15, smooth.mean(axis=1), label=name)
     curves.axhline(0, color="grey", linewidth=0.5)
     curves.set(title="std − none, points (mean of 30 steps)", xlabel="step")
+    curves.margins(y=0.25)
     curves.legend(title="shared by all prompts", fontsize=8)
     for axis, key in zip(axes, ("largest gap of 30 steps", "corrected cosine", "interference")):
         means, lows, highs = zip(*(row[key] for row in rows.values()))
