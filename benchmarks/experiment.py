@@ -42,7 +42,7 @@ sys.path += [str(HERE), str(HERE.parent)]
 import analyze  # noqa: E402
 
 NORMS = ("none", "std", "var")
-RATES = {"adamw": (1e-4, 2e-4, 4e-4, 8e-4), "sgd": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}
+RATES = {"adamw": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), "sgd": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}
 CLIP = {"adamw": 10, "sgd": 0}  # plain SGD has no clipping: it would act on the norms unequally
 CHOOSING, COMPARING = (100, 101), (0, 1, 2, 3, 4)  # seeds
 QUIET: dict[str, Any] = dict(geometry_every=0, probe_every=0, eval_every=0)  # nothing measured but pass rates
