@@ -231,11 +231,10 @@ def condition(out: Path) -> str:
         found = analyze.compare(runs, None)[0]
         values |= {key: found["norms"]["std"][key] for key in ("speed-up", "predicted")}
         rows[name] = {"pairs": float(gaps.shape[1])} | values | {"phases found": float(found["phases"]["found"])}
-        curves.plot(smooth.index - 15, smooth.mean(axis=1), label=name)
+        curves.plot(smooth.index - 15, smooth.mean(axis=1), label=name.split()[0])
     curves.axhline(0, color="grey", linewidth=0.5)
     curves.set(title="std − none, points (mean of 30 steps)", xlabel="step")
-    curves.margins(y=0.25)
-    curves.legend(title="shared by all prompts", fontsize=8)
+    curves.legend(title="digits shared", fontsize=8, loc="upper right")
     for axis, key in zip(axes, ("largest gap of 30 steps", "corrected cosine", "interference")):
         means, lows, highs = zip(*(row[key] for row in rows.values()))
         bars = np.array([np.subtract(means, lows), np.subtract(highs, means)])
