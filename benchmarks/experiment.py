@@ -302,8 +302,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of model")
     parser.add_argument("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
     given = parser.parse_args()
-    if given.study in ("table", "condition", "exact"):
-        print({"table": table, "condition": condition}[given.study](given.out) if given.study != "exact" else exact())
+    reports = {"table": lambda: table(given.out), "condition": lambda: condition(given.out), "exact": exact}
+    if report := reports.get(given.study):
+        print(report())
         return
     if given.study == "model" and not (given.model and given.svamp and given.svamp.is_file()):
         parser.error("model needs --model and --svamp FILE.jsonl")
