@@ -134,7 +134,7 @@ def model(given: argparse.Namespace) -> Plan:
     flags |= dict(instruction=instruction, chat=False, lora=64, dtype="bfloat16", lr=given.lr)
     flags |= dict(prompts=4, group=8, max_new_tokens=28, steps=given.steps, save_every=10)
     flags |= dict(max_grad_norm=0)  # a limit would act on std's larger gradients alone
-    flags |= dict(geometry_every=5, probe_every=30, eval_every=75, eval_problems=150)
+    flags |= dict(geometry_every=1, probe_every=30, eval_every=150, eval_problems=150)
     yield from paired(f"{start.name}-{given.lr:g}", NORMS[:2], given.seeds, **flags)
 
 
