@@ -35,14 +35,15 @@ from datasets import Dataset
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import analyze
 import grpo
-from grpo import Config, Group, InputError, Policy, RunError
+from grpo import Batch, Config, InputError, Policy, RunError
 
-torch.set_num_threads(1)  # for tensors as small as here a second thread only costs
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more only cost here
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 LETTERS = grpo.TASKS["letters"]
@@ -53,17 +54,25 @@ transformers.AttentionMaskInterface.register("grouped", grpo.eager_mask)
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 SIZES |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=0)
-SHARED = SIZES | dict(intermediate_size=64, num_key_value_heads=2)  # two query heads share a key head
+SHARED = SIZES | dict(
+    intermediate_size=64, num_key_value_heads=2
+)  # two query heads share a key head
 WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
 MODELS = {  # absolute positions; rotary ones; scaled or capped logits; experts; a window shorter than a prompt
     "gpt2": (transformers.GPT2Config, SIZES),
     "opt": (transformers.OPTConfig, SIZES | dict(ffn_dim=64, word_embed_proj_dim=32)),
     "llama": (transformers.LlamaConfig, SHARED),
     "mixtral": (transformers.MixtralConfig, SHARED | dict(num_local_experts=4)),
-    "granite": (transformers.GraniteConfig, SHARED | dict(logits_scaling=3.0, attention_multiplier=0.2)),
+    "granite": (
+        transformers.GraniteConfig,
+        SHARED | dict(logits_scaling=3.0, attention_multiplier=0.2),
+    ),
     "cohere": (transformers.CohereConfig, SHARED | dict(logit_scale=0.3)),
     "gemma2": (transformers.Gemma2Config, SHARED | WINDOW),
-    "gpt-neo": (transformers.GPTNeoConfig, SIZES | dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4)),
+    "gpt-neo": (
+        transformers.GPTNeoConfig,
+        SIZES | dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4),
+    ),
     "mamba": (transformers.MambaConfig, SIZES),  # no keys and values: cannot be used
 }
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
@@ -87,50 +96,55 @@ def save_model(kind: str, path: Path) -> str:
     return str(path)
 
 
-def make_policy(model, ends=(1,)) -> Policy:
+def make_policy(model, ends=(1,), **more) -> Policy:
     masters = dict(model.named_parameters())
-    parameters = list(masters.values())
-    return Policy(model, None, list(ends), parameters, masters, [p.numel() for p in parameters])
+    return Policy(model, None, list(ends), list(masters.values()), masters, **more)
 
 
 def uniforms(P: int, G: int, T: int) -> torch.Tensor:
     return torch.rand(P, G, T, generator=torch.Generator().manual_seed(0))
 
 
-def advantages_of(groups: list[Group], norm: str, agg: str) -> list[Group]:
-    advantages = grpo.group_advantages(grpo.stack(groups, "rewards"), norm)
-    weights = grpo.token_weights(grpo.stack(groups, "lengths"), agg)
-    return [replace(x, advantages=a, weights=w) for x, a, w in zip(groups, advantages, weights)]
+def with_advantages(batch: Batch, norm: str, agg: str) -> Batch:
+    scale = grpo.advantage_scale(batch.rewards, norm)[:, 0]
+    batch.advantages, batch.scale = grpo.group_advantages(batch.rewards, norm), scale
+    batch.weights = grpo.token_weights(batch.lengths, agg)
+    batch.old_logprobs = torch.full_like(batch.logprobs, math.nan)
+    return batch
 
 
-def sample_groups(policy: Policy, agg: str = "sequence") -> list[Group]:
-    """Groups of five completions of PROMPTS with random rewards, one of them without variance."""
-    groups = grpo.rollout(policy, PROMPTS, uniforms(4, 5, 9), 1.0)
-    rewards = (torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5).double()
-    rewards[1] = 1.0
-    return advantages_of([replace(x, rewards=r) for x, r in zip(groups, rewards)], "std", agg)
+def sample_batch(policy: Policy, agg: str = "sequence") -> Batch:
+    """Five completions of each of PROMPTS with random rewards, one group without variance."""
+    batch = grpo.rollout(policy, PROMPTS, uniforms(4, 5, 9), 1.0)
+    batch.rewards = (torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    batch.rewards[1] = 1.0
+    return with_advantages(batch, "std", agg)
 
 
-def naive_logprobs(forward, group: Group, temperature: float = 1.0) -> list[torch.Tensor]:
-    """Of each completion's tokens: full sequences, no cache, no batch, no padding."""
-    found, start = [], len(group.prompt)
-    for row, length in zip(group.tokens, group.lengths.tolist()):
-        ids = torch.cat([group.prompt, row[:length]])
-        logits = forward(ids[None], use_cache=False).logits[0, start - 1 : -1] / temperature
-        found.append(torch.log_softmax(logits, -1)[range(length), ids[start:]])
+def naive_logprobs(forward, batch: Batch, temperature: float = 1.0) -> list[list[torch.Tensor]]:
+    """Of every completion's tokens [P][G]: whole sequences, no cache, no batch, no padding."""
+    found = []
+    for prompt, rows, lengths in zip(batch.prompts, batch.tokens, batch.lengths.tolist()):
+        found.append([])
+        for row, length in zip(rows, lengths):
+            ids = torch.cat([torch.tensor(prompt), row[:length]])
+            logits = forward(ids[None], use_cache=False).logits[0, -length - 1 : -1] / temperature
+            found[-1].append(torch.log_softmax(logits, -1)[range(length), ids[-length:]])
     return found
 
 
-def naive_loss(now, old, reference, groups: list[Group], agg: str, clip: float = 0.2, kl: float = 0.0):
-    """The batch's loss written out, a completion at a time, from the log-probabilities [P][G] of three policies."""
-    P, G, loss = len(groups), len(groups[0].lengths), 0.0
-    total = sum(int(group.lengths.sum()) for group in groups)
+def naive_loss(now, old, reference, batch: Batch, agg: str, clip: float = 0.2, kl: float = 0.0):
+    """The batch's loss written out, a completion at a time, from the log-probabilities [P][G] of
+    three policies."""
+    (P, G), loss = batch.lengths.shape, 0.0
+    total = int(batch.lengths.sum())
     for p, g in itertools.product(range(P), range(G)):
-        ratio, A = (now[p][g] - old[p][g].detach()).exp(), float(groups[p].advantages[g])
+        ratio, A = (now[p][g] - old[p][g].detach()).exp(), float(batch.advantages[p, g])
         terms = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
         d = reference[p][g].detach() - now[p][g]
         terms = terms + kl * ratio * (d.exp() - d - 1)
-        loss += {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(d)), "token": 1 / total}[agg] * terms.sum()
+        weight = {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(d)), "token": 1 / total}[agg]
+        loss += weight * terms.sum()
     return loss
 
 
@@ -163,7 +177,10 @@ def geometry(f, vectors, signal=1.0):
 
 
 def curvature(f, slope=1.0, v=(5.0, 0.0), A=(1.0, 2.0, -0.5), logprobs=None):
-    c, d = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([0.5, 0.0, -4.0])  # log pi = c t + d t^2 / 2 along v
+    c, d = (
+        torch.tensor([1.0, -2.0, 3.0]),
+        torch.tensor([0.5, 0.0, -4.0]),
+    )  # log pi = c t + d t^2 / 2 along v
     logprobs = logprobs or (lambda p: c * p["a"][0] + d * p["a"][0] ** 2 / 2 - 1)
     return f(logprobs, {"a": torch.zeros(2)}, {"a": torch.tensor(v)}, torch.tensor(A), slope)
 
@@ -172,6 +189,10 @@ def curvature(f, slope=1.0, v=(5.0, 0.0), A=(1.0, 2.0, -0.5), logprobs=None):
 BY_HAND = """
 advantage_scale(T([[1.0, 0, 0, 0, 0], [1] * 5]), "std", 0.1) -> [[2], [0]]
 group_advantages(T([[1.0, 0, 0, 0, 0]]), "none") -> [[0.8, -0.2, -0.2, -0.2, -0.2]]
+# integers and booleans
+group_advantages(T([[1, 0, 0, 0, 0], [2, 1, 1, 1, 1]]), "std", 0.0) -> [[2, -0.5, -0.5, -0.5, -0.5]] * 2
+group_advantages(T([[True, False, False, False, False]]), "var", 0.04) -> [[4, -1, -1, -1, -1]]
+advantage_scale(T([[3, 1]]), "batch", 0.0) -> [[1]]
 group_advantages(T([[1.0, 0, 0, 0, 0]]), "std", 0.0) -> [[2, -0.5, -0.5, -0.5, -0.5]]
 group_advantages(T([[1.0, 0, 0, 0, 0]]), "var", 0.04) -> [[4, -1, -1, -1, -1]]
 # all rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1
@@ -193,8 +214,9 @@ sample_tokens(log(T([[1, 3.0]] * 2)), T([0.2, 0.3]), 1.0) -> [0, 1], [ln(0.25), 
 sample_tokens(log(T([[1, 3.0]])), T([0.0]), 0.0) -> [1], [ln(0.75)], [ln(4) - 0.75 * ln(3)]
 # the ends of the unit interval, beside tokens that cannot be drawn
 sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0) -> [1, 2], [-ln(2)] * 2, [ln(2)] * 2
-# neighbours never share a sum, so that the two numbers are found again but for their signs
-count_sketch([T([3.0, -4])], 64, 0).abs().sort().values[-3:] -> [0, 3, 4]
+# entries 0, 3 and 6; 1, 4 and 7; 2 and 5 of the two tensors together
+count_sketch([T([[1.0, 2], [3, 4]]), T([5.0, 6, 7, 8])], T([1, -1, 1, 1, 1, -1, 1, -1]), 3) -> [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
+pair_cosines(T([[1.0, 3, 0, 0], [3, 25, 0, 4], [0] * 4, [0, 4, 0, 1]])) -> [3 / 5, 0, 4 / 5]
 # number; cosines' mean, deviation, shares above 0 and small, size; interference, signal share, corrected cosine
 geometry(gradient_geometry, [[1, 2]] * 3) -> [3, 1, 0, 1, 0, 1, 3, 1, 1]
 geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]]) -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 1/3, 8/14, 1, -3/14]
@@ -220,7 +242,8 @@ def test_each_function_alone_gives_the_value_worked_out_by_hand(line):
     """Made from its source alone, annotations aside, with nothing but torch in sight; but one calls another."""
     called, expected = line.split(" -> ")
     name = re.search(r"[a-z0-9]+_[a-z_]+", called)[0]
-    names = ["advantage_scale"] * (name == "group_advantages") + [name]
+    calls = {"group_advantages": ["advantage_scale"], "gradient_geometry": ["pair_cosines"]}
+    names = [*calls.get(name, []), name]
     sources = [inspect.getsource(getattr(grpo, name)) for name in names]
     namespace = {"torch": torch}
     exec("\n".join(["from __future__ import annotations", *sources]), namespace)
@@ -228,28 +251,43 @@ def test_each_function_alone_gives_the_value_worked_out_by_hand(line):
     tools = dict(T=torch.tensor, log=torch.log, torch=torch, geometry=geometry, curvature=curvature)
     found = eval(called, tools | {name: namespace[name]})
     expected = eval(expected, {"ln": math.log, "nan": math.nan})
-    exact = dict(rtol=0.01, atol=0) if name == "directional_curvature" else dict(rtol=1e-6, atol=1e-6)
-    for value, wanted in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+    exact = (
+        dict(rtol=0.01, atol=0) if name == "directional_curvature" else dict(rtol=1e-6, atol=1e-6)
+    )
+    for value, wanted in zip(
+        *(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True
+    ):
         np.testing.assert_allclose(value, wanted, **exact)
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.7])
 def test_the_kl_terms_expected_gradient_is_that_of_the_divergence(moved):
     """Samples from `old`, over exact probabilities of a policy of one token, at old itself and elsewhere."""
-    old, reference, direction = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    old, reference, direction = torch.randn(
+        3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     logits = (old + moved * direction).requires_grad_()
     policy, old, reference = (x.log_softmax(0) for x in (logits, old, reference))
     estimate = (old.exp() * grpo.k3_divergence(policy, old, reference)).sum()
     divergence = (policy.exp() * (policy - reference)).sum()
-    found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (estimate, divergence))
+    found, expected = (
+        torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (estimate, divergence)
+    )
     torch.testing.assert_close(found, expected)
 
 
-def test_sketches_preserve_inner_products_without_bias():
+@pytest.mark.parametrize("large", [[1.0] * 5, [100.0, 1, 1, 1, 1]])
+def test_sketches_preserve_inner_products_without_bias(large):
+    """Unbiased, with the stated deviation, also where all that is large lies in one column of a
+    matrix."""
     torch.manual_seed(0)
-    tensors = [[torch.randn(3, 50), torch.randn(7)] for _ in range(2)]
-    products = [float(torch.dot(*(grpo.count_sketch(x, 16, seed) for x in tensors))) for seed in range(600)]
-    assert within(products, float(flat(tensors[0]) @ flat(tensors[1])))
+    a, b = torch.randn(2, 40, 5) * torch.tensor(large)
+    products = []
+    for _ in range(2000):
+        signs = torch.randint(0, 2, (200,), dtype=torch.int8) * 2 - 1
+        products.append(float(torch.dot(*(grpo.count_sketch([x], signs, 17) for x in (a, b)))))
+    assert within(products, float(flat([a]) @ flat([b])))
+    assert np.std(products) == pytest.approx(float(a.norm() * b.norm()) / 17**0.5, rel=0.15)
 
 
 def within(values, truth: float, errors: float = 3) -> bool:
@@ -263,90 +301,184 @@ def within(values, truth: float, errors: float = 3) -> bool:
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
-    model, ends = make_model(kind), [1, 4, 9]  # several end tokens, so that rows end at different times
+    model, ends = (
+        make_model(kind),
+        [1, 4, 9],
+    )  # several end tokens, so that rows end at different times
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends, 0
-    groups = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
+    batch = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
     ids = torch.tensor([[0] * (5 - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in PROMPTS])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 5:]
-    for group, row in zip(groups, expected.tolist()):
+    for p, row in enumerate(expected.tolist()):
         length = next((t for t, token in enumerate(row, 1) if token in ends), 12)
-        assert group.tokens[0].tolist() == row + [0] * (12 - len(row))
-        assert (int(group.lengths[0]), bool(group.truncated[0])) == (length, row[length - 1] not in ends)
+        assert batch.tokens[p, 0].tolist() == row + [0] * (12 - len(row))
+        assert batch.lengths[p, 0] == length and batch.truncated[p, 0] == (
+            row[length - 1] not in ends
+        )
 
 
 @pytest.mark.parametrize(
     ("kind", "attention", "temperature"),
-    [("gpt2", "sdpa", 0.7), ("gpt2", "grouped", 1.0), ("llama", "grouped", 0.7), ("gemma2", "eager", 1.0)],
+    [
+        ("gpt2", "sdpa", 0.7),
+        ("gpt2", "grouped", 1.0),
+        ("llama", "grouped", 0.7),
+        ("gemma2", "eager", 1.0),
+    ],
 )
 def test_rollout_is_the_naive_pass(kind, attention, temperature):
     """Log-probabilities, entropies, what the output layer reads; and a completion has its own random numbers alone."""
-    naive, policy, u = make_model(kind), make_policy(make_model(kind, attention=attention)), uniforms(4, 6, 10)
-    groups, read = grpo.rollout(policy, PROMPTS, u, temperature), []
-    naive.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    for p, group in enumerate(groups):
-        naive(group.prompt[None])
-        torch.testing.assert_close(group.feature, read[-1][0].mean(0), rtol=0, atol=1e-5)
-        (alone,) = grpo.rollout(policy, [PROMPTS[p]], u[p : p + 1, p : p + 1], temperature)
-        assert alone.tokens[0].tolist() == group.tokens[p].tolist()
-        for g, length in enumerate(group.lengths.tolist()):
-            ids = torch.cat([group.prompt, group.tokens[g, :length]])
-            exact = torch.distributions.Categorical(logits=naive(ids[None]).logits[0, -length - 1 : -1] / temperature)
-            for found, value in ((group.logprobs, exact.log_prob(ids[-length:])), (group.entropy, exact.entropy())):
-                torch.testing.assert_close(found[g, :length], value, rtol=0, atol=1e-5)
+    naive, policy, u = (
+        make_model(kind),
+        make_policy(make_model(kind, attention=attention)),
+        uniforms(4, 6, 10),
+    )
+    batch, read = grpo.rollout(policy, PROMPTS, u, temperature), []
+    naive.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: read.append(inputs[0])
+    )
+    for p, prompt in enumerate(PROMPTS):
+        naive(torch.tensor([prompt]))
+        torch.testing.assert_close(batch.features[p], read[-1][0].mean(0), rtol=0, atol=1e-5)
+        alone = grpo.rollout(policy, [prompt], u[p : p + 1, p : p + 1], temperature)
+        assert alone.tokens[0, 0].tolist() == batch.tokens[p, p].tolist()
+        for g, length in enumerate(batch.lengths[p].tolist()):
+            ids = torch.tensor([*prompt, *batch.tokens[p, g, :length]])
+            logits = naive(ids[None]).logits[0, -length - 1 : -1] / temperature
+            exact = torch.distributions.Categorical(logits=logits)
+            for found, value in (
+                (batch.logprobs, exact.log_prob(ids[-length:])),
+                (batch.entropy, exact.entropy()),
+            ):
+                torch.testing.assert_close(found[p, g, :length], value, rtol=0, atol=1e-5)
 
 
 def test_the_output_layer_reads_no_strided_view():
     """For one, torch copies the layer's weights for every prompt: gigabytes with a large vocabulary."""
     policy, seen = make_policy(make_model("llama")), []
-    policy.model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    (group, *_) = grpo.rollout(policy, PROMPTS, uniforms(4, 2, 2), 1.0)
-    assert len(list(grpo.pass_logprobs(policy.model, group, [0, 1], Config()))) == 2
-    assert len(seen) == 6 and all(hidden.stride() == torch.empty(hidden.shape).stride() for hidden in seen)
+    policy.model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    batch = grpo.rollout(policy, PROMPTS, uniforms(4, 2, 2), 1.0)
+    grpo.completion_logprobs(policy, batch, [0, 1, 2], Config())
+    assert len(seen) == 4 and all(x.stride() == torch.empty(x.shape).stride() for x in seen)
 
 
 def test_sampled_frequencies_match_the_models_probabilities():
     """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation config says."""
     model = make_model("gpt2", 5)
-    model.generation_config.update(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
-    (group,) = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, 20_000, 2), 1.3)
+    model.generation_config.update(
+        top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False
+    )
+    batch = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, 20_000, 2), 1.3)
 
     def probs(*ids: int) -> np.ndarray:
-        return torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / 1.3, -1).detach().numpy()
+        return (
+            torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / 1.3, -1)
+            .detach()
+            .numpy()
+        )
 
-    expected = [probs(2, 3)[a] * probs(2, 3, a) for a in range(4)] + [probs(2, 3)[4:]]  # token 4 ends
-    counts = np.bincount(group.tokens @ torch.tensor([5, 1]), minlength=21)
+    expected = [probs(2, 3)[a] * probs(2, 3, a) for a in range(4)] + [
+        probs(2, 3)[4:]
+    ]  # token 4 ends
+    counts = np.bincount(batch.tokens[0] @ torch.tensor([5, 1]), minlength=21)
     assert stats.chisquare(counts, 20_000 * np.concatenate(expected)).pvalue > 0.001
 
 
 def test_random_numbers_and_prompts_depend_on_seed_step_and_row_alone():
     config = Config(max_new_tokens=3, prompts=4)
     both = grpo.draw(config, 1, 5, [2, 7], 4)
-    assert torch.equal(both[1:, :2], grpo.draw(config, 1, 5, [7], 2))  # a larger group only adds draws
-    others = [(config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)]  # step, purpose, seed
+    assert torch.equal(
+        both[1:, :2], grpo.draw(config, 1, 5, [7], 2)
+    )  # a larger group only adds draws
+    others = [
+        (config, 1, 6),
+        (config, 2, 5),
+        (replace(config, seed=1), 1, 5),
+    ]  # step, purpose, seed
     assert all((both[:1] != grpo.draw(*other, [2], 4)).all() for other in others)
     rows = [row for step in range(5) for row in grpo.prompt_rows(step, config, 10)]
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]  # in epochs
+    assert (
+        sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
+    )  # in epochs
 
 
 @pytest.mark.parametrize(
     ("kind", "agg"),
-    [("gpt2", "sequence"), ("gpt2", "mean"), ("gpt2", "token"), ("llama", "mean"), ("gemma2", "sequence")]
-    + [("opt", "token"), ("mixtral", "sequence"), ("granite", "mean"), ("cohere", "token"), ("gpt-neo", "mean")],
+    [
+        ("gpt2", "sequence"),
+        ("gpt2", "mean"),
+        ("gpt2", "token"),
+        ("llama", "mean"),
+        ("gemma2", "sequence"),
+    ]
+    + [
+        ("opt", "token"),
+        ("mixtral", "sequence"),
+        ("granite", "mean"),
+        ("cohere", "token"),
+        ("gpt-neo", "mean"),
+    ],
 )
 def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg):
-    naive, policy = make_model(kind), make_policy(make_model(kind, attention="grouped" if kind == "llama" else ""))
-    groups = sample_groups(policy, agg)
-    now = [naive_logprobs(naive, group, 0.8) for group in groups]
-    expected = flat(torch.autograd.grad(naive_loss(now, now, now, groups, agg), list(naive.parameters())))
-    padded = [replace(x, tokens=torch.nn.functional.pad(x.tokens, (0, 7), value=22)) for x in groups]
-    for micro, rows, variant in ((999, range(5), groups), (18, [3, 0, 4, 1, 2], padded), (1, [3, 0, 4, 1, 2], groups)):
-        config, gradient = Config(micro_batch=micro, temperature=0.8, device="cpu"), torch.zeros_like(expected)
-        for group, logprobs in zip(variant, now):
-            found = grpo.group_gradient(policy, group, rows, config, gradient)
-            for row, value in zip(found, logprobs):
-                torch.testing.assert_close(row[: len(value)], value.detach(), rtol=0, atol=1e-5)
+    """Several prompts of unequal length in a micro-batch, one of a single token, or one completion."""
+    naive, attention = make_model(kind), "grouped" if kind == "llama" else ""
+    policy = make_policy(make_model(kind, attention=attention))
+    batch, config = sample_batch(policy, agg), Config(temperature=0.8, device="cpu")
+    now = naive_logprobs(naive, batch, 0.8)
+    expected = flat(
+        torch.autograd.grad(naive_loss(now, now, now, batch, agg), list(naive.parameters()))
+    )
+    wide = [pad(x, (0, 7), value=22) for x in (batch.tokens, batch.old_logprobs)]
+    padded = replace(batch, tokens=wide[0], old_logprobs=wide[1] * math.nan)
+    for limits, rows, variant in (
+        ((999, 999), range(20), batch),
+        ((60, 40), [*range(20)][::-1], padded),
+        (
+            (1, 1),
+            [r for r in range(20) if batch.advantages.flatten()[r]],
+            batch,
+        ),  # the others have none
+    ):
+        policy.limits, variant.old_logprobs = (
+            limits,
+            torch.full_like(variant.old_logprobs, math.nan),
+        )
+        gradient = flat(grpo.loss_gradient(policy, variant, rows, config))
         assert relative_error(gradient, expected) < 1e-5
+        for row in rows:
+            value = now[row // 5][row % 5].detach()
+            found = variant.old_logprobs.flatten(0, 1)[row, : len(value)]
+            torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
+
+
+def test_micro_batches_keep_to_their_limits_and_groups_together():
+    """Prompts of 400 tokens and answers of 4 or 5: a hundred fit but for the copies of the prompt."""
+    lengths = torch.tensor([[4, 5, 4], [5, 5, 5], [4, 4, 4], [9, 1, 1]])
+    batch = SimpleNamespace(prompts=[[0] * 400, [0] * 400, [0] * 400, [0] * 10], lengths=lengths)
+    split = lambda *limits: grpo.split_rows(batch, range(12), limits)  # noqa: E731
+    assert split(4096, 4096) == [
+        [9, 10, 11, 1, 0, 2, 3, 4, 5],
+        [6, 7, 8],
+    ]  # 12 * 409 are more than 4096
+    assert split(1e9, 27) == [
+        [9, 10, 11],
+        [1, 0, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+    ]  # of completions, at 9 and 5 a row
+    assert split(820, 4096) == [
+        [9, 10, 11],
+        [1, 0],
+        [2],
+        [3, 4],
+        [5],
+        [6, 7],
+        [8],
+    ]  # two of 405, not three
+    assert split(1, 1) == [[row] for row in (9, 10, 11, 1, 0, 2, 3, 4, 5, 6, 7, 8)]
 
 
 def parity(completion: str, answer: str) -> float:
@@ -354,8 +486,17 @@ def parity(completion: str, answer: str) -> float:
     return float(zlib.crc32((completion + answer).encode()) % 2)
 
 
-SETTINGS = dict(steps=10, prompts=3, group=5, eval_every=4, eval_problems=20, save_every=4, lr=1e-3, probe_every=4)
-SETTINGS |= dict(micro_batch=12, device="cpu", dtype="float32", data=LETTERS.test)
+SETTINGS = dict(
+    steps=10,
+    prompts=3,
+    group=5,
+    eval_every=4,
+    eval_problems=20,
+    save_every=4,
+    lr=1e-3,
+    probe_every=4,
+)
+SETTINGS |= dict(micro_batch=24, device="cpu", dtype="float32", task="letters", data=LETTERS.test)
 UNMEASURED = dict(geometry_every=0, probe_every=0)
 
 
@@ -368,35 +509,51 @@ def run(out, reward=parity, stop=(), **changes) -> dict[str, float]:
     return grpo.train(settings(out, **changes), reward=reward, stop=stop)
 
 
-def step_groups(policy: Policy, step: int, config: Config) -> list[Group]:
+def step_batch(policy: Policy, step: int, config: Config) -> Batch:
     """What the step of a run samples, with rewards and advantages."""
     problems = grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
     problems = [problems[row] for row in grpo.prompt_rows(step, config, len(problems))]
     random = grpo.draw(config, grpo.TRAIN, step, range(config.prompts), config.group)
-    groups = grpo.rollout(policy, [problem.prompt for problem in problems], random, config.temperature)
-    return advantages_of(grpo.score(policy, groups, problems, parity), config.norm, config.agg)
+    batch = grpo.rollout(
+        policy, [problem.prompt for problem in problems], random, config.temperature
+    )
+    grpo.score(policy, batch, problems, parity)
+    return with_advantages(batch, config.norm, config.agg)
 
 
 def naive_run(config: Config):
     """The run written out with plain SGD: weights before and after, updates' norms and largest changes of a ratio."""
-    policy, plain = grpo.load_policy(config), AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model)
-    start = {name: master.detach().clone().requires_grad_() for name, master in policy.masters.items()}
+    policy, plain = (
+        grpo.load_policy(config),
+        AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model),
+    )
+    start = {
+        name: master.detach().clone().requires_grad_() for name, master in policy.masters.items()
+    }
     theta, anchor, norms, changes = start, naive_forward(plain, start), [], []
     for step in range(config.steps):
         for name, master in policy.masters.items():
             master.data.copy_(theta[name])
-        groups = step_groups(policy, step, config)
-        table = lambda forward: [naive_logprobs(forward, x, config.temperature) for x in groups]  # noqa: B023, E731
+        batch = step_batch(policy, step, config)
+        table = lambda forward: naive_logprobs(forward, batch, config.temperature)  # noqa: B023, E731
         old = None
         for _ in range(config.epochs):
             now = table(naive_forward(plain, theta))
             old = old or now
-            loss = naive_loss(now, old, table(anchor) if config.kl else now, groups, config.agg, config.clip, config.kl)
+            far = table(anchor) if config.kl else now
+            loss = naive_loss(now, old, far, batch, config.agg, config.clip, config.kl)
             gradient = torch.autograd.grad(loss, list(theta.values()))
             norms.append(float(flat(gradient).norm()))
-            changes.append(float((flat(sum(now, [])) - flat(sum(old, []))).exp().sub(1).abs().max()))
-            rate = config.lr * (step + 1) / 10 * min(1, (config.max_grad_norm or math.inf) / norms[-1])
-            theta = {name: (t - rate * g).detach().requires_grad_() for (name, t), g in zip(theta.items(), gradient)}
+            changes.append(
+                float((flat(sum(now, [])) - flat(sum(old, []))).exp().sub(1).abs().max())
+            )
+            rate = (
+                config.lr * (step + 1) / 10 * min(1, (config.max_grad_norm or math.inf) / norms[-1])
+            )
+            theta = {
+                name: (t - rate * g).detach().requires_grad_()
+                for (name, t), g in zip(theta.items(), gradient)
+            }
     return start, theta, norms, changes, plain
 
 
@@ -415,48 +572,79 @@ def test_a_run_is_the_naive_one(changes, tmp_path):
     """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL, with adapters."""
     changes |= dict(optimizer="sgd", lr=0.3, steps=2, eval_every=0, eval_problems=2)
     if "kl" in changes or changes.get("agg") == "mean":
-        changes |= dict(geometry_every=-1, probe_every=-1)  # by default as often as there is something to measure
+        changes |= dict(
+            geometry_every=-1, probe_every=-1
+        )  # by default as often as there is something to measure
     if "model" in changes:
         changes |= {"model": save_model(changes["model"], tmp_path / "start")}
     run(tmp_path, **changes)
     config = settings(tmp_path, **changes)
     start, theta, norms, ratios, plain = naive_run(config)
-    saved = {name.removeprefix("weights."): x for name, x in load_file(tmp_path / grpo.CHECKPOINT).items()}
+    saved = {
+        name.removeprefix("weights."): x
+        for name, x in load_file(tmp_path / grpo.CHECKPOINT).items()
+    }
     found, expected = (flat(x[n] - start[n] for n in start) for x in (saved, theta))
-    assert relative_error(found, expected) < 1e-4 and all(("lora" in name) == bool(config.lora) for name in start)
+    assert relative_error(found, expected) < 1e-4 and all(
+        ("lora" in name) == bool(config.lora) for name in start
+    )
     assert config.epochs == 1 or max(ratios) > config.clip
     log = read(tmp_path)[:-1]
-    assert [line["grad_norm"] for line in log] == pytest.approx(np.reshape(norms, (2, -1)).mean(1), rel=1e-4)
-    assert all(line["clipped"] == (config.max_grad_norm == 0.05) and line["logprob_gap"] < 1e-5 for line in log)
-    measured = config.agg != "mean" and not config.kl and bool(config.geometry_every)  # else it is another gradient
+    assert [line["grad_norm"] for line in log] == pytest.approx(
+        np.reshape(norms, (2, -1)).mean(1), rel=1e-4
+    )
+    assert all(
+        line["clipped"] == (config.max_grad_norm == 0.05) and line["logprob_gap"] < 1e-5
+        for line in log
+    )
+    measured = (
+        config.agg != "mean" and not config.kl and bool(config.geometry_every)
+    )  # else it is another gradient
     assert [key in log[0] for key in ("cos_mean", "curvature")] == [measured] * 2
     ids = torch.arange(20, 60).view(2, 20)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(merged(ids).logits, naive_forward(plain, theta)(ids).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        merged(ids).logits, naive_forward(plain, theta)(ids).logits, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_the_rate_is_the_tasks_own_and_ten_times_that_with_adapters():
     rates = {task: Config(task=task).lr for task in grpo.TASKS}
     assert rates == {"letters": 2e-4, "arith": 3e-4, "gsm8k": 1e-6, "math": 1e-6}
-    assert Config(task="gsm8k", lora=64).lr == pytest.approx(1e-5) and Config(lr=0.5, lora=1).lr == 0.5
+    assert (
+        Config(task="gsm8k", lora=64).lr == pytest.approx(1e-5) and Config(lr=0.5, lora=1).lr == 0.5
+    )
 
 
 def read(out, name: str = "metrics.jsonl") -> list[dict]:
     """A log, without what the clock says."""
-    clock, lines = ("seconds_rollout", "seconds_update", "tokens_per_second"), (Path(out) / name).read_text()
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines.splitlines()]
+    clock, lines = (
+        ("seconds_rollout", "seconds_update", "tokens_per_second"),
+        (Path(out) / name).read_text(),
+    )
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in clock} for line in lines.splitlines()
+    ]
 
 
 def test_bfloat16_weights_follow_float32_masters(tmp_path):
     config = settings(tmp_path, dtype="bfloat16", optimizer="sgd", lr=1e-3, steps=1, **UNMEASURED)
     grpo.train(config, reward=parity)
-    policy, gradient = grpo.load_policy(config), torch.zeros(133_728)
-    for group in step_groups(policy, 0, config):
-        grpo.group_gradient(policy, group, list(range(5)), config, gradient)
-    saved, model = load_file(tmp_path / grpo.CHECKPOINT), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    found, start = (flat(x.values()) for x in ({n: saved[f"weights.{n}"] for n in policy.masters}, policy.masters))
+    policy = grpo.load_policy(config)
+    gradient = flat(grpo.loss_gradient(policy, step_batch(policy, 0, config), range(15), config))
+    saved, model = (
+        load_file(tmp_path / grpo.CHECKPOINT),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+    )
+    found, start = (
+        flat(x.values())
+        for x in ({n: saved[f"weights.{n}"] for n in policy.masters}, policy.masters)
+    )
     torch.testing.assert_close(found, start - 1e-4 * gradient, rtol=1e-6, atol=1e-8)
-    assert torch.equal(flat(model.parameters()), found.bfloat16()) and (found != start).float().mean() > 0.5
+    assert (
+        torch.equal(flat(model.parameters()), found.bfloat16())
+        and (found != start).float().mean() > 0.5
+    )
 
 
 # ----------------------------------------------------- measurement ---------------------------------------------------
@@ -470,6 +658,7 @@ class LogLinear(torch.nn.Module):
         generator = torch.Generator().manual_seed(1)
         self.features = torch.randn(P, K, 6, dtype=torch.float64, generator=generator)
         self.theta = torch.nn.Parameter(torch.randn(6, dtype=torch.float64, generator=generator))
+        self.device, self.config = torch.device("cpu"), None
 
     def forward(self, ids, **_):
         return SimpleNamespace(logits=self.features[ids] @ self.theta.double())
@@ -482,10 +671,23 @@ class LogLinear(torch.nn.Module):
         return probs, scores, centred @ scores, torch.einsum("k,ki,kj->ij", centred, scores, scores)
 
     def measured(self, p: int, actions) -> dict:
-        tokens, zeros = torch.as_tensor(actions)[:, None], torch.zeros(len(actions), 1).double()
-        rewards, ones = (tokens[:, 0] == 0).double(), torch.ones_like(tokens[:, 0])
-        group = Group(torch.tensor([p]), None, tokens, ones, zeros, zeros, None, rewards=rewards, weights=ones)
-        return grpo.measured_gradient(make_policy(self), group, rewards.std(), settings("-"), torch.zeros(6), True)[1]
+        tokens = torch.as_tensor(actions)[None, :, None]
+        nothing, ones = torch.zeros(tokens.shape).double(), torch.ones_like(tokens[..., 0])
+        rewards = (tokens[..., 0] == 0).double()
+        batch = Batch([[p]], nothing, tokens, ones, nothing, nothing, nothing, rewards)
+        return measure(
+            make_policy(self), with_advantages(batch, "std", "sequence"), 0, settings("-")
+        )
+
+
+def measure(policy: Policy, batch: Batch, p: int, config: Config) -> dict:
+    """What a step measures of a prompt, from the parts that its two halves have in the update."""
+    G, halves = batch.lengths.shape[1], []
+    for rows in (range(p * G, p * G + (G + 1) // 2), range(p * G + (G + 1) // 2, p * G + G)):
+        active = rows if batch.advantages[p].any() else []
+        part = grpo.loss_gradient(policy, batch, active, config)
+        halves.append(grpo.measure_half(policy, batch, rows, part, None, config, True))
+    return grpo.join_halves(*halves, G)
 
 
 @pytest.mark.parametrize("G", [2, 3, 4])
@@ -498,8 +700,10 @@ def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
         for actions in itertools.product(range(3), repeat=G):
             found, halves = model.measured(p, actions), (actions[:first], actions[first:])
             for own, other, value in zip(halves, halves[::-1], found["curvature"]):
-                assert math.isnan(value) == (len({action == 0 for action in own}) == 1 or len(other) < 2)
-            A, B = found["vectors"].double()
+                assert math.isnan(value) == (
+                    len({action == 0 for action in own}) == 1 or len(other) < 2
+                )
+            A, B = (vector.double() for vector in found["vector"])
             whole = (first * A + (G - first) * B) / G
             values = torch.tensor([found["fisher"], *found["fisher_half"], A @ B, whole @ whole])
             average += probs[list(actions)].prod() * torch.cat([whole, values])
@@ -507,10 +711,15 @@ def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
         torch.testing.assert_close(average[:9], expected, rtol=1e-5, atol=1e-6)
         truth.append(gradient)
         averages.append(average)
-    gram, (products, squares) = torch.stack(truth) @ torch.stack(truth).T, torch.stack(averages).T[9:]
+    gram, (products, squares) = (
+        torch.stack(truth) @ torch.stack(truth).T,
+        torch.stack(averages).T[9:],
+    )
     found = grpo.gradient_geometry(gram - gram.diagonal().diag() + squares.diag(), products, G)
     expected = [2 * gram[0, 1] / gram.trace(), gram.trace() / squares.sum()]
-    assert [found["cos_signal"], found["signal_share"]] == pytest.approx([float(x) for x in expected], rel=1e-5)
+    assert [found["cos_signal"], found["signal_share"]] == pytest.approx(
+        [float(x) for x in expected], rel=1e-5
+    )
 
 
 def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
@@ -519,12 +728,18 @@ def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
     for p in range(300):
         probs, _, _, hessian = model.closed_form(p)
         found = model.measured(p, torch.multinomial(probs, 16, replacement=True))
-        for v, curvature in zip(found["vectors"].double(), found["curvature"]):
+        for v, curvature in zip(found["vector"], found["curvature"]):
             if not math.isnan(curvature):
-                truths.append(float(v @ hessian @ v / (v @ v)))
+                truths.append(float(v.double() @ hessian @ v.double() / v.double().square().sum()))
                 errors.append(curvature - truths[-1])
-    scaled = np.array(errors) * truths  # neither shifted nor scaled; that all estimates are 0 would be seen
-    assert within(errors, 0.0) and within(scaled, 0.0) and not within(scaled + np.square(truths), 0.0, 6)
+    scaled = (
+        np.array(errors) * truths
+    )  # neither shifted nor scaled; that all estimates are 0 would be seen
+    assert (
+        within(errors, 0.0)
+        and within(scaled, 0.0)
+        and not within(scaled + np.square(truths), 0.0, 6)
+    )
 
 
 @pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
@@ -532,33 +747,44 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
     """Halves' gradients, Fisher traces, and the exact Hessian-vector product in float64; adapters start as nothing."""
     config = settings("-", group=8, prompts=10, dtype=dtype, lora=lora)
     policy, curvatures = grpo.load_policy(config), []
-    plain = AutoModelForCausalLM.from_pretrained(LETTERS.model, dtype=config.dtype, attn_implementation="eager")
-    both = (step_groups(x, 0, config) for x in (policy, grpo.load_policy(replace(config, lora=0))))
-    assert all(torch.equal(x.tokens, y.tokens) for x, y in zip(*both)) and policy.parameters[0].dtype == torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(
+        LETTERS.model, dtype=config.dtype, attn_implementation="eager"
+    )
+    both = [step_batch(x, 0, config) for x in (policy, grpo.load_policy(replace(config, lora=0)))]
+    assert torch.equal(*(x.tokens for x in both)) and policy.parameters[0].dtype == torch.float32
     torch.manual_seed(0)
     for name, master in policy.masters.items():
         master.data += 0.05 * torch.randn(master.shape) * ("lora_B" in name)
-    theta = {name: master.detach().double().requires_grad_() for name, master in policy.masters.items()}
+    theta = {
+        name: master.detach().double().requires_grad_() for name, master in policy.masters.items()
+    }
     forward = naive_forward(plain.double(), theta)
 
     def gradient(value, again: bool = False):
-        found = torch.autograd.grad(value, list(theta.values()), retain_graph=True, create_graph=again)
+        found = torch.autograd.grad(
+            value, list(theta.values()), retain_graph=True, create_graph=again
+        )
         return torch.cat([g.flatten() for g in found])
 
-    for group in step_groups(policy, 0, config):
-        r = group.rewards
-        _, found = grpo.measured_gradient(policy, group, r.std(), config, torch.zeros(sum(policy.sizes)), True)
+    batch = step_batch(policy, 0, config)
+    for p, (r, logprobs) in enumerate(zip(batch.rewards, naive_logprobs(forward, batch))):
+        found = measure(policy, batch, p, config)
         if r[:4].std() == 0:
             continue
-        sums = torch.stack([logprobs.sum() for logprobs in naive_logprobs(forward, group)])
+        sums = torch.stack([values.sum() for values in logprobs])
         halves = sums.view(2, 4), (r - (r.sum() - r) / 7).view(2, 4)
         wanted = [gradient((A * s).mean()) for s, A in zip(*halves)]
-        assert all(relative_error(v, g) < close for v, g in zip(found["vectors"], wanted))
+        assert all(relative_error(v, g) < close for v, g in zip(found["vector"], wanted))
         fisher = [len(s) * float(gradient(s.mean()).square().sum()) for s in (sums, *halves[0])]
         assert [found["fisher"], *found["fisher_half"]] == pytest.approx(fisher, rel=2 * close)
-        v, own = found["vectors"][0].double() / found["vectors"][0].norm(), (r[4:] - r[4:].mean()) * 4 / 3
+        v, own = (
+            found["vector"][0].double() / found["vector"][0].norm(),
+            (r[4:] - r[4:].mean()) * 4 / 3,
+        )
         surrogate = (own * (sums[4:] - sums[4:].detach()).exp()).mean()
-        curvatures.append((found["curvature"][0], float(gradient(gradient(surrogate, True) @ v) @ v)))
+        curvatures.append(
+            (found["curvature"][0], float(gradient(gradient(surrogate, True) @ v) @ v))
+        )
     found, wanted = np.array(curvatures).T
     assert len(found) > 3 and np.corrcoef(found, wanted)[0, 1] > 0.999
     assert np.median(np.abs(found - wanted) / np.abs(wanted).mean()) < 0.02
@@ -567,10 +793,12 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
 def test_the_description_of_a_measured_step_by_hand():
     """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like them. The
     first half has 2 of 3 completions."""
-    vectors, apart = torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[0.5, 2.0], [-1.0, -4.0]])
-    groups = [SimpleNamespace(rewards=torch.zeros(3), feature=vector) for vector in vectors]
-    found = [{"vectors": vector + apart} for vector in vectors]
-    line, columns = grpo.describe_measured(groups, torch.tensor([2.0, 1.0]).double(), found, True)
+    vectors, apart = (
+        torch.tensor([[1.0, 0.0], [3.0, 4.0]]),
+        torch.tensor([[0.5, 2.0], [-1.0, -4.0]]),
+    )
+    found = [{"vector": [v + apart[0], v + apart[1]], "feature": v} for v in vectors]
+    line, columns = grpo.describe_measured(found, torch.tensor([2.0, 1.0]).double(), 3, True)
     assert columns["cos_update"].tolist() == pytest.approx([5 / 41**0.5, 31 / (5 * 41**0.5)])
     assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
 
@@ -590,7 +818,9 @@ def assert_same_run(out, other) -> None:
     """Logs, weights and moments of the one equal those of the other, to the bit."""
     assert all(read(out, name) == read(other, name) for name in grpo.LOGS)
     ours, theirs = (load_file(Path(path) / grpo.CHECKPOINT) for path in (out, other))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[key], theirs[key]) for key in theirs
+    )
 
 
 KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated grad_norm clipped
@@ -604,12 +834,27 @@ def test_what_a_run_leaves(whole):
     assert {x.name for x in whole.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
     metrics, samples = read(whole), read(whole, "samples.jsonl")
     evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
-    assert set(metrics[1]) == {*KEYS.split(), *MEASURES.split()} == set(metrics[8]) - evaluation - {"curvature"}
-    assert set(metrics[10]) == evaluation | {"step"} and [row["step"] for row in metrics] == list(range(11))
+    assert (
+        set(metrics[1])
+        == {*KEYS.split(), *MEASURES.split()}
+        == set(metrics[8]) - evaluation - {"curvature"}
+    )
+    assert set(metrics[10]) == evaluation | {"step"} and [row["step"] for row in metrics] == list(
+        range(11)
+    )
     assert [row["step"] for row in metrics if evaluation & set(row)] == [0, 4, 8, 10]
-    assert len(samples) == 16 and set(samples[0]) == {"step", "question", "completion", "answer", "reward"}
+    assert len(samples) == 16 and set(samples[0]) == {
+        "step",
+        "question",
+        "completion",
+        "answer",
+        "reward",
+    }
     assert all(row["reward"] == parity(row["completion"], row["answer"]) for row in samples)
-    saved, model = load_file(whole / grpo.CHECKPOINT), AutoModelForCausalLM.from_pretrained(whole / "model")
+    saved, model = (
+        load_file(whole / grpo.CHECKPOINT),
+        AutoModelForCausalLM.from_pretrained(whole / "model"),
+    )
     assert all(torch.equal(p, saved[f"weights.{name}"]) for name, p in model.named_parameters())
     lines, rows = pd.DataFrame(metrics), pd.DataFrame(read(whole, "prompts.jsonl"))
     lines, std = lines[:-1], (rows.pass_rate * (1 - rows.pass_rate)) ** 0.5
@@ -621,10 +866,15 @@ def test_what_a_run_leaves(whole):
         (lines.frac_all_right, steps.pass_rate.apply(lambda rates: (rates == 1).mean())),
         (lines.frac_all_wrong, steps.pass_rate.apply(lambda rates: (rates == 0).mean())),
         (lines.n_gradients, steps.mixed.sum()),
-        (lines.signal_share, (steps.grad_sq_signal.sum() / steps.square.sum()).where(steps.mixed.sum() > 1)),
+        (
+            lines.signal_share,
+            (steps.grad_sq_signal.sum() / steps.square.sum()).where(steps.mixed.sum() > 1),
+        ),
     ):
         np.testing.assert_allclose(name.astype(float), expected, rtol=1e-6, atol=1e-9)
-    assert ((rows.grad_norm > 0) == (std > 0)).all() and (rows.cos_update.notna() == (std > 0)).all()
+    assert ((rows.grad_norm > 0) == (std > 0)).all() and (
+        rows.cos_update.notna() == (std > 0)
+    ).all()
     probed = rows[rows.step % 4 == 0]
     assert rows[PROBES].notna().all(axis=1).equals(rows.step % 4 == 0) and (probed.fisher > 0).all()
     found, deviations, rates = (np.array(probed[name].tolist(), float) for name in PROBES[:3])
@@ -642,7 +892,9 @@ def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch
     std, none, sketch = (pd.DataFrame(read(out)[:-1]) for out in paths)
     prompts = [[row["prompt"] for row in read(out, "prompts.jsonl")] for out in paths]
     assert prompts[0] == prompts[1] and "cos_mean" not in none and "curvature" not in sketch
-    assert all(none[key][0] == std[key][0] for key in ("reward", "entropy", "length", "eval_reward"))
+    assert all(
+        none[key][0] == std[key][0] for key in ("reward", "entropy", "length", "eval_reward")
+    )
     assert none.grad_norm[0] != std.grad_norm[0] and none.entropy[9] != std.entropy[9]
     np.testing.assert_allclose(sketch.cos_mean, std.cos_mean, atol=0.02)
     ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in paths[::2])
@@ -674,7 +926,9 @@ def test_an_interrupted_run_resumes_to_the_bit(whole, changes, call, act, steps,
     RECEIVED.clear()
     with pytest.raises((SystemExit, RunError)) as stopped:
         run(out, at_call(call, act), RECEIVED, **changes)
-    assert not RECEIVED or (stopped.value.status == 143 and "--resume goes on" in str(stopped.value))
+    assert not RECEIVED or (
+        stopped.value.status == 143 and "--resume goes on" in str(stopped.value)
+    )
     assert len(read(out)) == steps
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # killed while writing
@@ -688,17 +942,31 @@ def test_a_run_begins_anew_where_none_began_and_a_finished_one_goes_on(whole, tm
     run(tmp_path, steps=5)
     run(tmp_path, resume=True, save_every=7)
     assert_same_run(tmp_path, whole)
-    run(tmp_path, resume=True, steps=11, micro_batch=6, eval_every=3)  # after running out of memory, say
+    run(
+        tmp_path, resume=True, steps=11, micro_batch=6, eval_every=3
+    )  # after running out of memory, say
     assert [row["step"] for row in read(tmp_path) if "eval_reward" in row] == [0, 4, 8, 11]
 
 
 FOREIGN = {"state": json.dumps({"step": 1, "logs": {}, "config": {}})}
 HARM = [  # what happens to the files, settings of the resuming run, what is said
-    (lambda out: None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
-    (lambda out: None, dict(norm="none", lr=2e-3), "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002"),
+    (
+        lambda out: None,
+        dict(resume=False),
+        "holds a run: add --resume to continue it, or --out OTHER_DIR",
+    ),
+    (
+        lambda out: None,
+        dict(norm="none", lr=2e-3),
+        "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002",
+    ),
     (lambda out: None, dict(steps=3), "10 steps.* already, more than --steps 3"),
     (lambda out: os.truncate(out / grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
-    (lambda out: save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, FOREIGN), {}, "state.safetensors: .* tensor"),
+    (
+        lambda out: save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, FOREIGN),
+        {},
+        "state.safetensors: .* tensor",
+    ),
     (lambda out: os.truncate(out / "prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
 ]
 
@@ -721,7 +989,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing(whole, tmp_path, capsys, monk
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) // 2, former[1]))
     status = command(settings(tmp_path, resume=True))
     resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert status == 1 and re.search("^grpo.py: stopped: .*File too large.*\n\\Z", capsys.readouterr().err, re.M)
+    assert status == 1 and re.search(
+        "^grpo.py: stopped: .*File too large.*\n\\Z", capsys.readouterr().err, re.M
+    )
     assert checkpoint.read_bytes() == first and list(checkpoint.parent.iterdir()) == [checkpoint]
     run(tmp_path, resume=True)
     assert_same_run(tmp_path, whole)
@@ -730,7 +1000,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing(whole, tmp_path, capsys, monk
 def command(arguments) -> int:
     """Exit status of the command line, of these arguments or settings."""
     if isinstance(arguments, Config):
-        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(arguments).items()]
+        arguments = [
+            f"--{key.replace('_', '-')}={value}" for key, value in asdict(arguments).items()
+        ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
         try:
@@ -739,23 +1011,38 @@ def command(arguments) -> int:
             return end.code
 
 
-@pytest.mark.parametrize(("last", "ends"), [(2, nullcontext()), (6, pytest.raises(RunError, match="5 steps in a row"))])
-def test_logits_that_are_not_numbers_skip_the_step_and_five_in_a_row_end_the_run(last, ends, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("last", "ends"), [(2, nullcontext()), (6, pytest.raises(RunError, match="5 steps in a row"))]
+)
+def test_logits_that_are_not_numbers_skip_the_step_and_five_in_a_row_end_the_run(
+    last, ends, tmp_path, monkeypatch
+):
     sample, rows, steps = grpo.sample_tokens, grpo.prompt_rows, [0]
-    monkeypatch.setattr(grpo, "prompt_rows", lambda step, *more: steps.append(step) or rows(step, *more))
-    spoiled = lambda logits, *more: sample(logits * (math.nan if 2 <= steps[-1] <= last else 1), *more)  # noqa: E731
+    monkeypatch.setattr(
+        grpo, "prompt_rows", lambda step, *more: steps.append(step) or rows(step, *more)
+    )
+    spoiled = lambda logits, *more: sample(
+        logits * (math.nan if 2 <= steps[-1] <= last else 1), *more
+    )  # noqa: E731
     monkeypatch.setattr(grpo, "sample_tokens", spoiled)
     with ends:
         run(tmp_path, steps=8, eval_every=0)
     log = [row for row in read(tmp_path) if "skipped" in row]
-    for sign in (lambda row: row["skipped"], lambda row: row["grad_norm"] is row["entropy"] is None):
+    for sign in (
+        lambda row: row["skipped"],
+        lambda row: row["grad_norm"] is row["entropy"] is None,
+    ):
         assert [row["step"] for row in log if sign(row)] == list(range(2, last + 1))
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / grpo.CHECKPOINT).values())
 
 
 @pytest.mark.parametrize(
     ("reward", "message"),
-    [(lambda *_: 1 / 0, "division by zero"), (lambda *_: math.nan, "finite"), (lambda *_: None, "TypeError")],
+    [
+        (lambda *_: 1 / 0, "division by zero"),
+        (lambda *_: math.nan, "finite"),
+        (lambda *_: None, "TypeError"),
+    ],
 )
 def test_a_reward_that_fails_names_completion_and_answer(reward, message, tmp_path):
     with pytest.raises(RunError, match=f"{message}.*'[0-9]*'.*answer='[0-9]{{3}}'"):
@@ -766,7 +1053,9 @@ def test_rewards_outside_zero_and_one_have_no_pass_rate(tmp_path):
     run(tmp_path, lambda *x: 3 * parity(*x) - 1, steps=1, eval_problems=4)
     line, final = read(tmp_path)
     assert line["pass_rate"] is line["eval_pass_rate"] is final["eval_greedy"] is None
-    assert line["eval_reward"] == np.mean([row["reward"] for row in read(tmp_path, "samples.jsonl")[:4]])
+    assert line["eval_reward"] == np.mean(
+        [row["reward"] for row in read(tmp_path, "samples.jsonl")[:4]]
+    )
     rates = grpo.pass_rates(torch.tensor([[0.0, 1.0, 0.5, 1.0], [0.0, 2.0, 1.0, 1.0]]))
     np.testing.assert_equal(rates.numpy(), [0.5, math.nan])
 
@@ -776,20 +1065,29 @@ def test_rewards_outside_zero_and_one_have_no_pass_rate(tmp_path):
 
 def process(config: Config, rank: int, size: int, port: int, dies: bool) -> None:
     """One of the processes that torchrun would start; the last one may die."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ |= dict(
+        RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    reward = at_call(60 if dies and rank == size - 1 else -1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    reward = at_call(
+        60 if dies and rank == size - 1 else -1, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    )
     grpo.TASKS["letters"] = LETTERS._replace(reward=reward)
     sys.exit(command(config))
 
 
 def start(config: Config, size: int = 1, dies: bool = False) -> list:
-    server = multiprocessing.get_context("forkserver")  # forks from a process that has imported torch, and done no more
+    server = multiprocessing.get_context(
+        "forkserver"
+    )  # forks from a process that has imported torch, and done no more
     server.set_forkserver_preload(["test_grpo", "peft"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [server.Process(target=process, args=(config, rank, size, port, dies)) for rank in range(size)]
+    processes = [
+        server.Process(target=process, args=(config, rank, size, port, dies))
+        for rank in range(size)
+    ]
     for each in processes:
         each.start()
     return processes
@@ -814,7 +1112,9 @@ def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_pat
     while kills:
         out, status = tmp_path / str(kills), None
         while status is None:
-            (running,) = start(replace(config, out=str(out), resume=(out / grpo.CHECKPOINT).exists()))
+            (running,) = start(
+                replace(config, out=str(out), resume=(out / grpo.CHECKPOINT).exists())
+            )
             running.join(rng.uniform(0, length) if kills else None)
             status, kills = running.exitcode, kills - (running.exitcode is None)
             running.kill()
@@ -824,12 +1124,16 @@ def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_pat
         shutil.rmtree(out)
 
 
-MORE = [dict(norm="none", agg="mean", probe_every=-1), dict(norm="var", kl=0.1, epochs=2, probe_every=-1)]
+MORE = [
+    dict(norm="none", agg="mean", probe_every=-1),
+    dict(norm="var", kl=0.1, epochs=2, probe_every=-1),
+]
 MORE += [dict(lora=4, lr=1.0)]
 
 
 @pytest.mark.parametrize(
-    ("sizes", "changes"), [("12", dict(norm="batch", agg="token")), *(pytest.param("123", x, marks=slow) for x in MORE)]
+    ("sizes", "changes"),
+    [("12", dict(norm="batch", agg="token")), *(pytest.param("123", x, marks=slow) for x in MORE)],
 )
 def test_the_number_of_processes_changes_nothing(sizes, changes, tmp_path):
     """The same tokens at every step, so the same logs but for rounding, and the same weights."""
@@ -842,15 +1146,21 @@ def test_the_number_of_processes_changes_nothing(sizes, changes, tmp_path):
         for name in grpo.LOGS[:2]:
             ours, theirs = (pd.DataFrame(read(out, name)) for out in (path, paths[0]))
             exact = {"reward", "length", "prompt", "pass_rate"}
-            for key in {*KEYS.split(), *MEASURES.split(), *exact, "fisher", "cos_update"} & {*theirs} - {"logprob_gap"}:
+            for key in {*KEYS.split(), *MEASURES.split(), *exact, "fisher", "cos_update"} & {
+                *theirs
+            } - {"logprob_gap"}:
                 a, b = (x[key].astype(float) for x in (ours, theirs))
                 np.testing.assert_allclose(a, b, *((1e-12, 0) if key in exact else (1e-2, 1e-4)))
         ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in (path, paths[0]))
         assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_resumes_with_another_number(tmp_path, monkeypatch):
-    config = settings(tmp_path / "run", prompts=3, save_every=2, eval_every=0, optimizer="sgd", **UNMEASURED)
+def test_a_process_that_dies_ends_the_others_and_the_run_resumes_with_another_number(
+    tmp_path, monkeypatch
+):
+    config = settings(
+        tmp_path / "run", prompts=3, save_every=2, eval_every=0, optimizer="sgd", **UNMEASURED
+    )
     assert statuses(start(config, 3, dies=True)) == [1, 1, -signal.SIGKILL]
     assert statuses(start(replace(config, resume=True), 2)) == [0, 0]
     run(tmp_path / "whole", prompts=3, eval_every=0, optimizer="sgd", **UNMEASURED)
@@ -889,8 +1199,78 @@ def test_grade(line):
     with ThreadPoolExecutor(1) as pool:
         for mark, completions in zip(parts[::2], parts[1::2]):
             for completion in completions.split(" ¦ "):
-                grades = grpo.grade(completion, answer), pool.submit(grpo.grade, completion, answer).result()
+                grades = (
+                    grpo.grade(completion, answer),
+                    pool.submit(grpo.grade, completion, answer).result(),
+                )
                 assert grades == (mark == "✓",) * 2, completion
+
+
+REPEATED = dict(deadline=None, database=None, derandomize=True)  # the same examples at every run
+# What stands around an answer, or around the line that marks one; what marks it.
+AROUND = [
+    "{}",
+    "{}\n",
+    "{}\n\n",
+    " {} ",
+    "{}.",
+    "{}.\n",
+    "**{}**",
+    "**{}.**\n",
+    "${}$",
+    "${}$.",
+    "`{}`",
+    "x = {} \n",
+]
+AROUND += ["```\n{}\n```", "```text\n{}\n```\n", "\n\n{}"]
+MARKS = [
+    "{}",
+    "I think 12, no, {}",
+    "#### {}",
+    "so 12:\n#### {}",
+    "#### **{}**",
+    "#### ${}$",
+    "\\boxed{{{}}}",
+]
+FORMS = [
+    "{}",
+    "{} km",
+    "{} apples",
+    "{} km/hour",
+    "{} square feet.",
+    "{}%",
+    "{}\\%",
+    "${}",
+    "\\${}",
+    "€{}",
+    "{} €",
+]
+
+
+@pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=slow)])
+def test_a_right_number_earns_1_in_every_form_and_its_neighbour_0(examples):
+    """Signs, thousands, decimals, percent, currency, units; the neighbour differs by one in the last digit."""
+
+    def check(value, decimals, sign, thousands, form, mark, around, inner):
+        def text(number):
+            shown = f"{number / 10**decimals:{',' if thousands else ''}.{decimals}f}"
+            return form.format(sign + shown) if inner else sign + form.format(shown)
+
+        gold = f"{'-' * (sign in '-−' and sign != '')}{value / 10**decimals:.{decimals}f}"
+        for number, grade in ((value, 1.0), (value + 1, 0.0)):
+            completion = around.format(mark.format(text(number)))
+            assert grpo.grade(completion, gold) == grade, (completion, gold)
+
+    small, signs = st.integers(0, 10**6), st.sampled_from(["", "-", "−", "+"])
+    parts = [
+        small,
+        st.integers(0, 3),
+        signs,
+        st.booleans(),
+        *map(st.sampled_from, (FORMS, MARKS, AROUND)),
+        st.booleans(),
+    ]
+    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(*parts)(check))()
 
 
 # fmt: off
@@ -911,12 +1291,17 @@ def test_hostile_completions_get_no_reward_in_bounded_time(text):
         assert time.perf_counter() - began < 3
 
 
-@pytest.mark.parametrize("text", ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301])
+@pytest.mark.parametrize(
+    "text", ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301]
+)
 def test_what_no_answer_is_like_is_never_parsed(text, monkeypatch):
     """The parser needs a second and a hundred megabytes for such a text, and keeps some of them."""
     parsed = []
     monkeypatch.setattr("math_verify.parse", lambda text, **_: parsed.append(text) or [])
-    assert grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0 and parsed == []
+    assert (
+        grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0
+        and parsed == []
+    )
 
 
 ROWS = r"""
@@ -944,14 +1329,22 @@ def test_columns_are_found_by_name_and_unusable_rows_named(line):
 def test_a_split_of_a_data_set_is_loaded_with_or_without_a_configuration(tmp_path):
     for split, answer in (("train", 1), ("test", 2)):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "q", "answer": answer}))
-    assert grpo.load_rows(f"{tmp_path}:test", True) == grpo.load_rows(f"{tmp_path}:default:test", True) == [("q", "2")]
+    assert (
+        grpo.load_rows(f"{tmp_path}:test", True)
+        == grpo.load_rows(f"{tmp_path}:default:test", True)
+        == [("q", "2")]
+    )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
-@pytest.mark.parametrize(("file", "task"), [("gsm8k_test", "gsm8k"), ("svamp", "gsm8k"), ("math500", "math")])
+@pytest.mark.parametrize(
+    ("file", "task"), [("gsm8k_test", "gsm8k"), ("svamp", "gsm8k"), ("math500", "math")]
+)
 def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
     path = f"{DATA}/{file}.jsonl"
-    train, test = grpo.load_problems(Config(task=task, data=path, eval_problems=100), None, grpo.grade)
+    train, test = grpo.load_problems(
+        Config(task=task, data=path, eval_problems=100), None, grpo.grade
+    )
     raw = pd.read_json(path, lines=True, dtype=False).rename(columns={"problem": "question"})
     golds = [answer.split("####")[-1].strip() for answer in raw.answer]
     assert sorted(train + test) == sorted(zip(raw.question, golds))
@@ -968,7 +1361,6 @@ PIECES = st.sampled_from(
 # fmt: on
 PARTS = st.one_of(st.lists(PIECES, max_size=12), st.text(max_size=60))  # to be joined
 thorough = pytest.mark.parametrize("examples", [50, pytest.param(5_000, marks=slow)])
-REPEATED = dict(deadline=None, database=None, derandomize=True)  # at every run
 
 
 @thorough
@@ -977,7 +1369,9 @@ def test_grade_bears_anything(examples):
         began = time.perf_counter()
         assert grpo.grade(*map("".join, parts)) in (0.0, 1.0) and time.perf_counter() - began < 3
 
-    pairs = st.tuples(PARTS, PARTS)  # hypothesis keeps what it makes: joined texts would be gigabytes of its own
+    pairs = st.tuples(
+        PARTS, PARTS
+    )  # hypothesis keeps what it makes: joined texts would be gigabytes of its own
     memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731, peak in GB
     before = memory()
     hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(pairs)(check))()
@@ -987,7 +1381,9 @@ def test_grade_bears_anything(examples):
 @thorough
 def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
     values = st.one_of(PARTS.map("".join), st.none(), st.integers(-(2**62), 2**62), st.floats())
-    rows = st.dictionaries(st.sampled_from(["question", "problem", "answer", "solution", "x"]), values)
+    rows = st.dictionaries(
+        st.sampled_from(["question", "problem", "answer", "solution", "x"]), values
+    )
     lines = st.one_of(rows.map(lambda row: json.dumps(row).encode()), st.binary(max_size=40))
 
     def check(lines):
@@ -999,14 +1395,19 @@ def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
         except InputError as error:
             assert "\n" not in str(error) and str(path) in str(error)
 
-    hypothesis.settings(max_examples=examples // 3, **REPEATED)(hypothesis.given(st.lists(lines, max_size=3))(check))()
+    hypothesis.settings(max_examples=examples // 3, **REPEATED)(
+        hypothesis.given(st.lists(lines, max_size=3))(check)
+    )()
 
 
 @pytest.mark.parametrize("name", ["letters", "arith"])
 def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
     task, shifts = grpo.TASKS[name], set()
     train, test = (grpo.load_rows(path, False) for path in (task.train, task.test))
-    assert len(test) == 512 and len({q for q, _ in train} | {q for q, _ in test}) == len(train) + 512 > 5000
+    assert (
+        len(test) == 512
+        and len({q for q, _ in train} | {q for q, _ in test}) == len(train) + 512 > 5000
+    )
     for question, answer in train + test:
         a, b = question.removesuffix("=").split("+")
         if name == "letters":  # each digit plus the letter's own one
@@ -1051,18 +1452,32 @@ def test_help_shows_every_setting_and_its_default(capsys):
     shown, source = " ".join(capsys.readouterr().out.split()), inspect.getsource(Config)
     for field in fields(Config):
         (comment,) = re.findall(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
-        assert f"--{field.name.replace('_', '-')}" in shown and f"{comment} (default: {field.default})" in shown
+        assert (
+            f"--{field.name.replace('_', '-')}" in shown
+            and f"{comment} (default: {field.default})" in shown
+        )
 
 
 def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_executed(tmp_path):
-    mark, marker = tmp_path / "executed", type("Marker", (), {"__reduce__": lambda _: (Path.touch, (mark,))})
+    mark, marker = (
+        tmp_path / "executed",
+        type("Marker", (), {"__reduce__": lambda _: (Path.touch, (mark,))}),
+    )
     save_model("mamba", tmp_path / "mamba")  # whose state is not in a cache of keys and values
-    foreign, pickled = (Path(shutil.copytree(LETTERS.model, tmp_path / name)) for name in ("foreign", "pickled"))
-    (foreign / "config.json").write_text('{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}')
+    foreign, pickled = (
+        Path(shutil.copytree(LETTERS.model, tmp_path / name)) for name in ("foreign", "pickled")
+    )
+    (foreign / "config.json").write_text(
+        '{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}'
+    )
     (foreign / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
     (pickled / "model.safetensors").unlink()
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
-    for name, message in (("foreign", "cannot load"), ("pickled", "cannot load"), ("mamba", "model .* cannot be used")):
+    for name, message in (
+        ("foreign", "cannot load"),
+        ("pickled", "cannot load"),
+        ("mamba", "model .* cannot be used"),
+    ):
         with pytest.raises(InputError, match=message):
             run(tmp_path / "run", model=f"{tmp_path}/{name}")
     assert not mark.exists() and not (tmp_path / "run").exists()
@@ -1071,13 +1486,20 @@ def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_execut
 @slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_line_says_how_to_resume(number, status, tmp_path):
-    line, log = [sys.executable, grpo.__file__, "--prompts=4", f"--out={tmp_path}"], tmp_path / "metrics.jsonl"
+    line, log = (
+        [sys.executable, grpo.__file__, "--prompts=4", f"--out={tmp_path}"],
+        tmp_path / "metrics.jsonl",
+    )
     process = subprocess.Popen([*line, "--steps=5000"], stderr=subprocess.PIPE, text=True)
     while not log.exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == status and "with --resume goes on" in error and "Traceback" not in error
+    assert (
+        process.returncode == status
+        and "with --resume goes on" in error
+        and "Traceback" not in error
+    )
     steps = len(read(tmp_path)) + 1
     assert subprocess.run([*line, f"--steps={steps}", "--resume"]).returncode == 0
     assert [row["step"] for row in read(tmp_path)] == list(range(steps + 1))
@@ -1103,9 +1525,23 @@ def test_the_default_run_learns(norm, seed, tmp_path):
 
 # ----------------------------------------------------- analyze.py ----------------------------------------------------
 
-SHAPES = {"level": [0, 0, 1, 1], "narrows": [0, 0, 1, 0.4], "none": [0] * 4, "grows": [0, 0.3, 0.7, 1]}
-SHAPES |= {"constant": [1] * 4, "late": [0, 0, 0.5, 1], "behind": [-1, -1, 0, 0], "lead": [0.7, 0.7, 1, 1]}
-TRUE = [f"{name}{how}" for name in ("level", "narrows") for how in ("", " smooth", " onsets", " smooth onsets")]
+SHAPES = {
+    "level": [0, 0, 1, 1],
+    "narrows": [0, 0, 1, 0.4],
+    "none": [0] * 4,
+    "grows": [0, 0.3, 0.7, 1],
+}
+SHAPES |= {
+    "constant": [1] * 4,
+    "late": [0, 0, 0.5, 1],
+    "behind": [-1, -1, 0, 0],
+    "lead": [0.7, 0.7, 1, 1],
+}
+TRUE = [
+    f"{name}{how}"
+    for name in ("level", "narrows")
+    for how in ("", " smooth", " onsets", " smooth onsets")
+]
 FALSE = ["none", "grows", "late", "constant", "behind", "lead", "dip"]
 
 
@@ -1123,7 +1559,11 @@ def detected(kind: str, count: int) -> tuple[float, float]:
             knots = [0, a + shift, b + shift, 300] if kind != "late" else [0, a, (a + 300) / 2, 300]
             shape = np.interp(t, knots, SHAPES.get(kind.split()[0], [0] * 4))
             shape = (
-                walk if kind == "walk" else np.interp(t, [a, (a + b) / 2, b], [0, -1, 0]) if kind == "dip" else shape
+                walk
+                if kind == "walk"
+                else np.interp(t, [a, (a + b) / 2, b], [0, -1, 0])
+                if kind == "dip"
+                else shape
             )
             smooth = np.convolve(np.pad(shape, 6, "edge"), np.ones(12) / 12, "same")[6:-6]
             row += top * (smooth if "smooth" in kind else shape)
@@ -1134,7 +1574,9 @@ def detected(kind: str, count: int) -> tuple[float, float]:
 
 
 def test_phases_are_found_where_they_are_and_not_elsewhere():
-    assert detected("level smooth onsets", 8)[0] >= 5 / 8  # at a share of 0.85 there are fewer once in 350 times
+    assert (
+        detected("level smooth onsets", 8)[0] >= 5 / 8
+    )  # at a share of 0.85 there are fewer once in 350 times
     assert sum(detected(kind, 1)[0] for kind in FALSE) <= 1
 
 
@@ -1142,7 +1584,11 @@ def test_phases_are_found_where_they_are_and_not_elsewhere():
 @pytest.mark.parametrize("kind", [*TRUE, *FALSE, "walk"])
 def test_a_hundred_series_of_every_kind(kind):
     found, close = detected(kind, 100)
-    assert found >= 0.85 and close >= 0.6 if kind in TRUE else found <= (0.2 if kind == "walk" else 0.05)
+    assert (
+        found >= 0.85 and close >= 0.6
+        if kind in TRUE
+        else found <= (0.2 if kind == "walk" else 0.05)
+    )
 
 
 def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray]:
@@ -1158,21 +1604,28 @@ def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray
 
 @pytest.mark.parametrize("seed", range(2))
 def test_lines_and_their_number_are_those_of_all_regressions(seed):
-    y = np.interp(np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1]) + 0.3 * np.random.default_rng(seed).normal(
-        size=30
-    )
+    y = np.interp(
+        np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1]
+    ) + 0.3 * np.random.default_rng(seed).normal(size=30)
     fits = [brute(y, count) for count in range(4)]
     noise = fits[3][2]
     rho = max(0, noise[1:] @ noise[:-1] / (noise @ noise))
     size = 30 * (1 - rho) / (1 + rho)
-    scores = [size * math.log(left) + (2 + 2 * k) * math.log(size) for k, (left, _, _) in enumerate(fits)]
+    scores = [
+        size * math.log(left) + (2 + 2 * k) * math.log(size) for k, (left, _, _) in enumerate(fits)
+    ]
     result = analyze.detect_phases(y, y, y)
     assert result["knots"] == np.argmin(scores)
     assert result["boundaries"] == list(fits[2 + (scores[3] < scores[2])][1][:2])
 
 
 ALIKE, OPENS, STOPS = "alike_in_I", "opens_in_II", "stops_in_III"
-CASES = [((0, 0, 6, 6), set()), ((0, 0, 6, 0), set()), ((4, 4, 6, 6), {ALIKE}), ((-6, -6, 0, 0), {ALIKE, OPENS})]
+CASES = [
+    ((0, 0, 6, 6), set()),
+    ((0, 0, 6, 0), set()),
+    ((4, 4, 6, 6), {ALIKE}),
+    ((-6, -6, 0, 0), {ALIKE, OPENS}),
+]
 CASES += [
     ((0, 0, 5, 7), {STOPS}),
     ((0, 0, 3, 9), {STOPS}),
@@ -1183,17 +1636,29 @@ CASES += [
 
 @pytest.mark.parametrize("corners, failed", CASES)
 def test_claims_on_lines_without_noise(corners, failed):
-    shape, scales = np.interp(np.arange(60), [0, 20, 40, 60], corners), np.array([[0.9], [1.0], [1.1]])
+    shape, scales = (
+        np.interp(np.arange(60), [0, 20, 40, 60], corners),
+        np.array([[0.9], [1.0], [1.1]]),
+    )
     sigma = np.repeat([0.4, 0.3, 0.2], 20) * scales
     result = analyze.detect_phases(shape * scales, sigma, 0 * sigma, 5 * np.arange(60))
     claims, (one, two, three) = result["claims"], np.diff(corners) / 100
     assert result["boundaries"] == [100, 200] and result["intervals"] == [[100, 100], [200, 200]]
-    assert {name for name, claim in claims.items() if not claim["holds"]} == failed | {"orthogonality_falls"}
-    for name, value in ((ALIKE, two - one), (OPENS, 100 * two), (STOPS, three - two), ("deviation_falls", -0.2)):
+    assert {name for name, claim in claims.items() if not claim["holds"]} == failed | {
+        "orthogonality_falls"
+    }
+    for name, value in (
+        (ALIKE, two - one),
+        (OPENS, 100 * two),
+        (STOPS, three - two),
+        ("deviation_falls", -0.2),
+    ):
         half = 4.302653 * 0.1 / math.sqrt(3) * abs(value)  # Student's t with two degrees of freedom
         assert claims[name]["value"] == pytest.approx(value)
         assert claims[name]["interval"] == pytest.approx([value - half, value + half], rel=1e-5)
-    assert result["found"] == (not failed) and ("alike to step 100" in result["reason"]) == (not failed)
+    assert result["found"] == (not failed) and ("alike to step 100" in result["reason"]) == (
+        not failed
+    )
 
 
 def test_what_is_missing_and_what_is_not_decided():
@@ -1208,10 +1673,16 @@ def test_what_is_missing_and_what_is_not_decided():
     assert math.isnan(lost["value"]) and lost["interval"] is None and lost["holds"] is None
     one = analyze.detect_phases(shape, sigma[0], sigma[0])
     assert one["claims"][OPENS] == {"value": pytest.approx(6), "interval": None, "holds": None}
-    assert not one["found"] and "run three seeds or more" in one["reason"] and one["intervals"] == []
+    assert (
+        not one["found"] and "run three seeds or more" in one["reason"] and one["intervals"] == []
+    )
     gap[:, 60:] = gap[0, 20:22] = np.nan
     short = analyze.detect_phases(gap, sigma, sigma)
-    assert short["boundaries"] == [] and short["claims"] == {} and short["reason"].startswith("Undecided: 29 windows")
+    assert (
+        short["boundaries"] == []
+        and short["claims"] == {}
+        and short["reason"].startswith("Undecided: 29 windows")
+    )
     with pytest.raises(ValueError, match="unequal shapes"):
         analyze.detect_phases(gap, sigma, sigma[:2])
 
@@ -1222,7 +1693,10 @@ def test_without_a_gap_the_line_is_that_of_deviation_and_cosines():
     spread = 100 * np.interp(t, [0, 20, 40, 60], [0.1, 0.1, 0.1, 0.3]) + 0.01 * noise[1]
     result = analyze.detect_phases(None, sigma, spread)
     assert result["knots"] == 2 and result["boundaries"] == [20, 40] and not result["found"]
-    assert set(result["claims"]) == {"deviation_falls", "orthogonality_falls"} and "--norm none" in result["reason"]
+    assert (
+        set(result["claims"]) == {"deviation_falls", "orthogonality_falls"}
+        and "--norm none" in result["reason"]
+    )
     assert all(claim["holds"] for claim in result["claims"].values())
 
 
@@ -1230,8 +1704,12 @@ def test_predicted_gain_by_hand():
     assert analyze.predicted_gain([0.2, 0.1, 0.0], [0.3, 0.4, 0.5]) == pytest.approx(
         0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3
     )
-    assert analyze.predicted_gain([0.2, np.nan, 9.0, 0.1], [0.25, 0.5, 0.0, 0.5]) == pytest.approx((0.4 + 0.1) / 0.3)
-    assert math.isnan(analyze.predicted_gain([0.1, -0.2], [0.5, 0.5])) and math.isnan(analyze.predicted_gain([], []))
+    assert analyze.predicted_gain([0.2, np.nan, 9.0, 0.1], [0.25, 0.5, 0.0, 0.5]) == pytest.approx(
+        (0.4 + 0.1) / 0.3
+    )
+    assert math.isnan(analyze.predicted_gain([0.1, -0.2], [0.5, 0.5])) and math.isnan(
+        analyze.predicted_gain([], [])
+    )
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -1242,7 +1720,9 @@ def test_curvature_exponent_of_two_bins_by_hand(power):
     # Through two points the line is exact: a = ln(y2/y1) / ln(x2/x1), and its error that of the two logarithms.
     error = 0.01 * math.sqrt(20 / 19) / math.sqrt(20) / (3 * np.array([0.3, 0.5]) ** power)
     half = 1.96 * math.hypot(*error) / math.log(0.5 / 0.3)
-    assert found["n"] == 40 and found["alpha"] == pytest.approx([power, power - half, power + half], rel=1e-3)
+    assert found["n"] == 40 and found["alpha"] == pytest.approx(
+        [power, power - half, power + half], rel=1e-3
+    )
 
 
 def test_curvature_exponent_through_the_noise_of_sigma():
@@ -1258,15 +1738,24 @@ def test_curvature_exponent_through_the_noise_of_sigma():
 
 def test_correlations_of_the_same_completions_are_tied_and_those_across_halves_are_not():
     rng = np.random.default_rng(1)
-    scores = 2.0 * (rng.random((200, 16, 2, 8)) < 0.5) - 1  # two answers at p = 1/2, whose scores are +1 and -1
-    index = pd.MultiIndex.from_product([range(200), range(16)], names=["step", "prompt"]).droplevel("prompt")
+    scores = (
+        2.0 * (rng.random((200, 16, 2, 8)) < 0.5) - 1
+    )  # two answers at p = 1/2, whose scores are +1 and -1
+    index = pd.MultiIndex.from_product([range(200), range(16)], names=["step", "prompt"]).droplevel(
+        "prompt"
+    )
     variance, fisher = ((scores > 0).var(axis=-1, ddof=1), scores.mean(axis=-1) ** 2)
-    tied, free = (pd.DataFrame({"v": variance[..., i].ravel(), "f": fisher[..., 0].ravel()}, index) for i in (0, 1))
+    tied, free = (
+        pd.DataFrame({"v": variance[..., i].ravel(), "f": fisher[..., 0].ravel()}, index)
+        for i in (0, 1)
+    )
     assert analyze.correlations(tied).to_numpy() == pytest.approx(np.full(200, -1))
     r = analyze.correlations(free)
     assert len(r) == 200 and abs(r.mean()) < 4 * r.sem()
     assert r.iloc[5] == pytest.approx(np.corrcoef(variance[5, :, 1], fisher[5, :, 0])[0, 1])
-    assert len(analyze.correlations(tied.assign(v=0.3 + 1e-12 * tied["v"]))) == 0  # no variation but rounding
+    assert (
+        len(analyze.correlations(tied.assign(v=0.3 + 1e-12 * tied["v"]))) == 0
+    )  # no variation but rounding
 
 
 def test_cosines_of_a_phase_are_those_of_all_its_pairs():
@@ -1276,9 +1765,29 @@ def test_cosines_of_a_phase_are_those_of_all_its_pairs():
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         cosines = (unit @ unit.T)[np.triu_indices(n, 1)]
         pooled += cosines.tolist()
-        rows.append([n, cosines.mean(), cosines.std(), (cosines > 0).mean(), (abs(cosines) < 0.1).mean(), 2.5, 0.5])
-    names = ["n_gradients", "cos_mean", "cos_std", "cos_positive", "cos_small", "interference", "signal_share"]
-    log = pd.DataFrame(rows, columns=names).assign(seed=0, C=0.6, feature_cos=0.2, feature_cos_centered=0.1)
+        rows.append(
+            [
+                n,
+                cosines.mean(),
+                cosines.std(),
+                (cosines > 0).mean(),
+                (abs(cosines) < 0.1).mean(),
+                2.5,
+                0.5,
+            ]
+        )
+    names = [
+        "n_gradients",
+        "cos_mean",
+        "cos_std",
+        "cos_positive",
+        "cos_small",
+        "interference",
+        "signal_share",
+    ]
+    log = pd.DataFrame(rows, columns=names).assign(
+        seed=0, C=0.6, feature_cos=0.2, feature_cos_centered=0.1
+    )
     row, cosines = analyze.describe_phase(log, 16), np.array(pooled)
     assert [row["mean"], row["std"]] == pytest.approx([cosines.mean(), cosines.std()])
     assert row["above 0"] == pytest.approx((cosines > 0).mean()) and row["pairs"] == 3 + 28 + 10
@@ -1290,23 +1799,58 @@ def test_cosines_of_a_phase_are_those_of_all_its_pairs():
 
 
 def test_means_and_their_intervals():
-    assert analyze.mean_interval([1.0, 2.0, 3.0]) == pytest.approx([2, 2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t: 4.3027
+    assert analyze.mean_interval([1.0, 2.0, 3.0]) == pytest.approx(
+        [2, 2 - 2.4841, 2 + 2.4841], abs=1e-4
+    )  # t: 4.3027
     assert analyze.mean_interval([1.0, 3.0]) == pytest.approx([2, np.nan, np.nan], nan_ok=True)
 
 
-def write_run(path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, changed=(), **config) -> Path:
+def write_run(
+    path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, changed=(), **config
+) -> Path:
     """A run's directory whose log has the given pass rates."""
     path.mkdir(parents=True)
-    settings = dict(norm=norm, seed=seed, lr=1e-3, prompts=16, group=5, task="letters", model="tiny", out=str(path))
+    settings = dict(
+        norm=norm,
+        seed=seed,
+        lr=1e-3,
+        prompts=16,
+        group=5,
+        task="letters",
+        model="tiny",
+        out=str(path),
+    )
     (path / "config.json").write_text(json.dumps(settings | config))
     n = len(rates)
-    log = pd.DataFrame({"step": range(n), "reward": rates, "pass_rate": rates, "reward_std": std, "cos_std": spread})
-    log = log.assign(n_gradients=16, cos_mean=0.02, interference=2.5, signal_share=0.5, **dict(changed))
+    log = pd.DataFrame(
+        {
+            "step": range(n),
+            "reward": rates,
+            "pass_rate": rates,
+            "reward_std": std,
+            "cos_std": spread,
+        }
+    )
+    log = log.assign(
+        n_gradients=16, cos_mean=0.02, interference=2.5, signal_share=0.5, **dict(changed)
+    )
     last = {"step": n, "eval_pass_rate": float(sum(rates[-1:]))}
-    (path / "metrics.jsonl").write_text(log.to_json(orient="records", lines=True) + json.dumps(last) + "\n")
-    k, fixed = (-1) ** seed, dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
+    (path / "metrics.jsonl").write_text(
+        log.to_json(orient="records", lines=True) + json.dumps(last) + "\n"
+    )
+    k, fixed = (
+        (-1) ** seed,
+        dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7]),
+    )
     rows = [
-        dict(step=t, reward_std=s, grad_sq_signal=0.5 - s, reward_std_half=[s, 0.4], curvature=[k * s, None]) | fixed
+        dict(
+            step=t,
+            reward_std=s,
+            grad_sq_signal=0.5 - s,
+            reward_std_half=[s, 0.4],
+            curvature=[k * s, None],
+        )
+        | fixed
         for t in range(0, n, 2)
         for s in (0.3, 0.4, 0.5)
     ]
@@ -1340,23 +1884,38 @@ def test_twice_as_fast_is_a_speed_up_of_two(races):
     assert norms["std"]["speed-up"][0] == pytest.approx(101 / 51, rel=1.5 / 43)
     # Squared norms 0.2 each, of which 0.2, 0.1 and 0 are signal.
     assert norms["std"]["predicted"] == pytest.approx([0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3] * 3)
-    assert norms["std"]["with noise"] == pytest.approx([0.5 * (1 / 0.3 + 1 / 0.4 + 1 / 0.5) / 3] * 3)
+    assert norms["std"]["with noise"] == pytest.approx(
+        [0.5 * (1 / 0.3 + 1 / 0.4 + 1 / 0.5) / 3] * 3
+    )
     assert norms["std"]["end"][0] == pytest.approx(np.mean([run[-30:] for run in runs]))
     assert norms["std"]["held out"][0] == pytest.approx(np.mean([run[-1] for run in runs]))
-    gap = np.mean([run - saturating(100 + seed) for seed, run in enumerate(runs)], axis=0).reshape(60, 5).mean(axis=1)
-    assert norms["std"]["at step"] == 5 * gap.argmax() and norms["std"]["largest gap"][0] == pytest.approx(gap.max())
+    gap = (
+        np.mean([run - saturating(100 + seed) for seed, run in enumerate(runs)], axis=0)
+        .reshape(60, 5)
+        .mean(axis=1)
+    )
+    assert norms["std"]["at step"] == 5 * gap.argmax() and norms["std"]["largest gap"][
+        0
+    ] == pytest.approx(gap.max())
     for goal in (0.1, 0.88):  # begun beyond; not reached by one without normalization
         norms = compared(races, goal)["norms"]
-        assert np.isnan(norms["std"]["speed-up"]).all() and np.isnan(norms["none"][f"steps to {goal:.2f}"]).all()
+        assert (
+            np.isnan(norms["std"]["speed-up"]).all()
+            and np.isnan(norms["none"][f"steps to {goal:.2f}"]).all()
+        )
 
 
 def test_the_interval_of_a_correlation_is_over_seeds(races):
-    r = compared(races)["correlations"]["curvature against σ, pass rate < ½"]["r"]  # 1, -1, 1 in every step
+    r = compared(races)["correlations"]["curvature against σ, pass rate < ½"][
+        "r"
+    ]  # 1, -1, 1 in every step
     assert r == pytest.approx([1 / 3, 1 / 3 - 4.3027 * 2 / 3, 1 / 3 + 4.3027 * 2 / 3], rel=1e-4)
 
 
 def test_c_of_t_and_the_step_since_which_it_is_below_1(tmp_path):
-    found = compared([write_run(tmp_path / "run", saturating(50), std=np.repeat([0.45, 0.3], [100, 200]))])
+    found = compared(
+        [write_run(tmp_path / "run", saturating(50), std=np.repeat([0.45, 0.3], [100, 200]))]
+    )
     # (0.45 * 100 + 0.3 k) / (100 + k) < 0.375 from k = 101 on, which is step 200.
     assert found["C_below_1_since"] == 200
 
@@ -1367,14 +1926,22 @@ def test_rewards_other_than_0_and_1_are_compared_by_their_mean_and_have_no_theor
         for norm, rate in (("none", 0.4), ("std", 0.5))
     ]
     found = compared(runs)
-    assert found["norms"]["std"]["end"][0] == pytest.approx(0.7) and found["C_below_1_since"] is None
+    assert (
+        found["norms"]["std"]["end"][0] == pytest.approx(0.7) and found["C_below_1_since"] is None
+    )
     assert found["norms"]["std"]["largest gap"][0] == pytest.approx(0.1) and math.isnan(
         found["norms"]["std"]["predicted"][0]
     )
 
 
 def test_every_rate_then_each_norm_at_its_best(tmp_path):
-    taus = {("std", 1e-3): 50, ("std", 1e-2): 20, ("none", 1e-3): 60, ("none", 1e-2): 90, ("none", 0.1): 10}
+    taus = {
+        ("std", 1e-3): 50,
+        ("std", 1e-2): 20,
+        ("none", 1e-3): 60,
+        ("none", 1e-2): 90,
+        ("none", 0.1): 10,
+    }
     paths = [
         write_run(tmp_path / f"{norm}-{lr}", saturating(tau, 40 if lr == 0.1 else 100), norm, lr=lr)
         for (norm, lr), tau in taus.items()
@@ -1383,18 +1950,28 @@ def test_every_rate_then_each_norm_at_its_best(tmp_path):
     names = [[title, *sorted(run.path.name for run in runs)] for title, runs in views.items()]
     assert names[0] == ["learning rate 0.01", "none-0.01", "std-0.01"]  # std's best rate
     assert names[1] == ["learning rate 0.001", "none-0.001", "std-0.001"]
-    assert names[2:] == [["each norm at its best learning rate, none 0.001, std 0.01", "none-0.001", "std-0.01"]]
+    assert names[2:] == [
+        ["each norm at its best learning rate, none 0.001, std 0.01", "none-0.001", "std-0.01"]
+    ]
 
 
 def test_runs_that_differ_in_more_are_compared_apart_and_a_seed_counts_once(tmp_path):
-    more = [{"group": 8}, {"group": 8, "eval_every": 3}, {"group": 64, "a": "$x_$\n"}, {"group": 8, "device": "cpu"}]
+    more = [
+        {"group": 8},
+        {"group": 8, "eval_every": 3},
+        {"group": 64, "a": "$x_$\n"},
+        {"group": 8, "device": "cpu"},
+    ]
     runs = [
         write_run(tmp_path / str(i), saturating(50, 40), "none" if i == 1 else "std", **config)
         for i, config in enumerate(more)
     ]
     assert analyze.main([*map(str, runs), str(runs[0] / ".." / "0")]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
-    sizes = {title: [len(view["norms"]) for view in views.values()] for title, views in found["groups"].items()}
+    sizes = {
+        title: [len(view["norms"]) for view in views.values()]
+        for title, views in found["groups"].items()
+    }
     assert sizes == {"group 8, a None": [2], "group 64, a '$x_$\\n'": [1]}
     assert found["left_out"] == [f"{runs[3]}: its norm, rate and seed are there already"]
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
@@ -1404,13 +1981,20 @@ def test_runs_that_differ_in_more_are_compared_apart_and_a_seed_counts_once(tmp_
 
 def test_seeds_are_paired_and_killed_runs_compared_as_far_as_they_went(tmp_path):
     runs = [
-        write_run(tmp_path / f"{norm}-{seed}", saturating(50 + seed, 80 if norm == "none" else 300), norm, seed)
+        write_run(
+            tmp_path / f"{norm}-{seed}",
+            saturating(50 + seed, 80 if norm == "none" else 300),
+            norm,
+            seed,
+        )
         for norm, seeds in (("none", (0, 1, 2, 7)), ("std", (2, 1, 0, 9)))
         for seed in seeds
     ]
     found = compared(runs)
     assert found["last_step"] == 79 and found["norms"]["std"]["runs"] == 4
-    assert found["norms"]["std"]["largest gap"] == pytest.approx([0, 0, 0], abs=1e-12)  # of seeds 0, 1, 2 alone
+    assert found["norms"]["std"]["largest gap"] == pytest.approx(
+        [0, 0, 0], abs=1e-12
+    )  # of seeds 0, 1, 2 alone
     assert found["phases"]["knots"] == 0 and not found["phases"]["found"]
 
 
@@ -1429,7 +2013,10 @@ def test_where_sampled_and_corrected_cosines_disagree_it_is_said(tmp_path, capsy
     ]
     assert analyze.main([*map(str, runs)]) == 0
     text = capsys.readouterr().out
-    assert "**Three phases: alike to step 20, " in text and "size by 0 [0, 0], so noise may be all." in text
+    assert (
+        "**Three phases: alike to step 20, " in text
+        and "size by 0 [0, 0], so noise may be all." in text
+    )
     assert "their share is – in I, – in II, – in III." in text
 
 
@@ -1440,27 +2027,61 @@ def test_damaged_logs_are_read_as_far_as_they_can_be(tmp_path, capsys):
         (halves[:6], [0.3, 0.4, 0.5] * 2, 0.4, 2),
         (halves[6:], [0.4] * 6, [0.3, 0.4, 0.5] * 2, 3),
     ):
-        assert half["reward_std_half"].tolist() == own  # halves of 3 and 2, each with the other's unbiased variance
-        assert half["variance"].to_numpy() == pytest.approx(np.square(other) * size / (size - 1) * np.ones(6))
-    junk = ["{", "[1]", "", '{"step": "1"}', '{"step": true}', '{"no": 1}', '{"step": -1}', "\0", "[" * 10**5, "é"]
+        assert (
+            half["reward_std_half"].tolist() == own
+        )  # halves of 3 and 2, each with the other's unbiased variance
+        assert half["variance"].to_numpy() == pytest.approx(
+            np.square(other) * size / (size - 1) * np.ones(6)
+        )
+    junk = [
+        "{",
+        "[1]",
+        "",
+        '{"step": "1"}',
+        '{"step": true}',
+        '{"no": 1}',
+        '{"step": -1}',
+        "\0",
+        "[" * 10**5,
+        "é",
+    ]
     with (path / "metrics.jsonl").open("ab") as file:
         file.write("\n".join(junk).encode() + b'\n\xff\xfe\n{"step": 41, "pass_ra')
     damaged = analyze.read_run(path)
     assert damaged.skipped == len(junk) + 2 and damaged.log.equals(whole)
     with (path / "metrics.jsonl").open("a") as file:
-        file.write('\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_std": 1e999, "reward": ' + "1" * 400 + "}")
-    (path / "prompts.jsonl").write_text('{"step": 7, "reward_std_half": [0.5], "curvature": 3, "fisher": null}\n')
-    assert analyze.read_run(path).log.iloc[-1][analyze.METRICS].isna().all() and analyze.read_run(path).halves.empty
+        file.write(
+            '\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_std": 1e999, "reward": '
+            + "1" * 400
+            + "}"
+        )
+    (path / "prompts.jsonl").write_text(
+        '{"step": 7, "reward_std_half": [0.5], "curvature": 3, "fisher": null}\n'
+    )
+    assert (
+        analyze.read_run(path).log.iloc[-1][analyze.METRICS].isna().all()
+        and analyze.read_run(path).halves.empty
+    )
     assert analyze.main([str(path), str(tmp_path / "nothing"), str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert f"{path}: {len(junk) + 2} unreadable log lines skipped" in text and "Undecided: 4 windows" in text
+    assert (
+        f"{path}: {len(junk) + 2} unreadable log lines skipped" in text
+        and "Undecided: 4 windows" in text
+    )
     assert text.count("left out:") == 2 and f"left out: {tmp_path / 'nothing'}: " in text
 
 
 def test_nothing_to_analyse_and_wrong_flags_are_one_line(tmp_path, capsys):
-    empty, good = (str(write_run(tmp_path / name, saturating(50, n))) for name, n in (("empty", 0), ("good", 9)))
+    empty, good = (
+        str(write_run(tmp_path / name, saturating(50, n)))
+        for name, n in (("empty", 0), ("good", 9))
+    )
     (tmp_path / "file").write_text("")
-    cases = {(empty, str(tmp_path / "no")): "no run to read: ", ("--x", "run"): "unrecognized", (): "required: runs"}
+    cases = {
+        (empty, str(tmp_path / "no")): "no run to read: ",
+        ("--x", "run"): "unrecognized",
+        (): "required: runs",
+    }
     cases[good, "--out", str(tmp_path / "file" / "x")] = "cannot write to "
     for arguments, message in cases.items():
         with pytest.raises(SystemExit) as exit:
@@ -1482,5 +2103,7 @@ def test_twenty_long_runs_in_half_a_minute(tmp_path):
         rows = (row.replace('"step": 0', f'"step": {i // 160 * 10}') for i in range(16_000))
         (path / "prompts.jsonl").write_text("".join(rows))
     began = time.perf_counter()
-    subprocess.run([sys.executable, analyze.__file__, *map(str, paths)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, analyze.__file__, *map(str, paths)], check=True, capture_output=True
+    )
     assert time.perf_counter() - began < 30
