@@ -308,24 +308,26 @@ class Policy:
     model: Any
     tokenizer: Any
     eos_ids: list[int]  # any of them ends a completion
-    parameters: list[Tensor]  # the model's, those that are trained
-    masters: dict[str, Tensor]  # the same by name in float32: the parameters themselves if they are
+    trained: dict[str, Tensor]  # the model's parameters that are trained, by name
+    masters: dict[str, Tensor]  # the same in float32: the parameters themselves if they are
     limits: tuple[int, int] = (4096, 4096)  # of a micro-batch: tokens, completion tokens
     guard: Callable = nullcontext  # a context that a model needs which writes in place
 
     def publish(self) -> None:
         """Copy the masters into the working weights, so that rollout and training see one policy."""
-        for master, parameter in zip(self.masters.values(), self.parameters):
-            if master is not parameter:
-                parameter.data.copy_(master)
+        for name, parameter in self.trained.items():
+            parameter.data.copy_(self.masters[name])
 
 
-def load_policy(config: Config) -> Policy:
+def load_policy(config):
     """The start policy. Raises InputError for a model that cannot be loaded or has no end token."""
-    path, dtype = config.model or TASKS[config.task].model, weights_dtype(config)
+    path, dtype = (
+        config.model or TASKS[config.task].model,
+        weights_dtype(config.dtype, config.device),
+    )
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if config.device == "cpu" and model.config._attn_implementation == "sdpa":
             AttentionInterface.register("grouped", grouped_attention)
             AttentionMaskInterface.register("grouped", eager_mask)
@@ -335,8 +337,10 @@ def load_policy(config: Config) -> Policy:
             import peft
 
             torch.manual_seed(0)  # the same start for every norm, seed and process
-            shape = dict(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
-            model = peft.get_peft_model(model, peft.LoraConfig(**shape))
+            adapters = peft.LoraConfig(
+                r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"
+            )
+            model = peft.get_peft_model(model, adapters)
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
     model.to(
@@ -352,10 +356,10 @@ def load_policy(config: Config) -> Policy:
     # A micro-batch holds its logits and their gradient: on a GPU there is room for some gigabytes.
     most = (1 << (28 if "cuda" in config.device else 25)) // vocabulary
     limits = (config.micro_batch or 4096, config.micro_batch or min(4096, most))
-    return Policy(model, tokenizer, sorted(ends), list(trained.values()), masters, limits)
+    return Policy(model, tokenizer, sorted(ends), trained, masters, limits)
 
 
-def end_of_turn(tokenizer) -> set[int]:
+def end_of_turn(tokenizer):
     """The token that ends an assistant's turn, which is not every model's end token: by the chat
     template, the special one right after an answer. Empty if there is no template, or it renders no
     answer, or ends it in plain text."""
@@ -383,12 +387,12 @@ def grouped_attention(module, query, key, value, mask, scaling=None, **options):
     return output.transpose(1, 2).contiguous(), None
 
 
-def with_weights(model, weights: dict) -> Callable:
+def with_weights(model, weights):
     """The model's forward at other weights, by parameter name; those not named stay as they are."""
     return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
 
 
-def extend(forward: Callable, tokens, mask, cache, **options):
+def extend(forward, tokens, mask, cache, **options):
     """The model's output for further tokens [n, t] of n rows, whose past is in the cache.
     mask: [n, past + t], 0 where a row is padded on the left, so before its position 0."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
@@ -396,7 +400,7 @@ def extend(forward: Callable, tokens, mask, cache, **options):
     return forward(tokens, **inputs, use_cache=True, **options)
 
 
-def encode_prompts(policy, prompts: list, copies, forward: Callable, hidden=False):
+def encode_prompts(policy, prompts, copies, forward, hidden=False):
     """Run prompts (token lists) once, and repeat what they leave behind over their completions.
     copies: [n] which prompt a completion continues. Returns, for `extend`, mask [n, width] and
     cache, the logits [n, V] of the first tokens, and the mean over each prompt's tokens of the last
@@ -410,9 +414,9 @@ def encode_prompts(policy, prompts: list, copies, forward: Callable, hidden=Fals
     last = torch.tensor([-1], device=device)
     output = extend(forward, ids, mask, cache, logits_to_keep=last, output_hidden_states=hidden)
     features = torch.full((len(prompts), 1), math.nan)
-    states = hidden and output.hidden_states and output.hidden_states[-1]  # one kind has two of each
-    if torch.is_tensor(states) and states.shape[:2] == ids.shape:
-        features = (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    states = hidden and getattr(output, "hidden_states", None)
+    if states and states[-1].shape[:2] == ids.shape:  # one kind of model stacks several of each
+        features = (states[-1].float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     cache.reorder_cache(copies)
     return mask[copies], cache, output.logits[copies, -1], features
 
@@ -422,7 +426,7 @@ def encode_prompts(policy, prompts: list, copies, forward: Callable, hidden=Fals
 ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
 
 
-def prompt_rows(step: int, config, problems: int) -> list[int]:
+def prompt_rows(step, config, problems):
     """The step's P rows of the problems: in a seeded order, a new one each time they are used up."""
     first = step * config.prompts
     slots = (divmod(slot, problems) for slot in range(first, first + config.prompts))
@@ -433,7 +437,7 @@ def prompt_rows(step: int, config, problems: int) -> list[int]:
     return [int(order(epoch)[i]) for epoch, i in slots]
 
 
-def draw(config, purpose: int, step: int, rows: Sequence[int], group: int):
+def draw(config, purpose, step, rows, group):
     """Uniforms [rows, group, T]: every row of every step has a stream of its own."""
     streams = (np.random.default_rng((config.seed, purpose, step, row)) for row in rows)
     shape = (group, config.max_new_tokens)
@@ -460,7 +464,7 @@ class Batch:
 
 
 @torch.no_grad()
-def rollout(policy, prompts: list, uniforms: Tensor, temperature: float) -> Batch:
+def rollout(policy, prompts, uniforms, temperature):
     """Sample G completions of at most T tokens for each of P prompts (token lists); temperature 0
     is greedy. uniforms: [P, G, T] in [0, 1). Rows that have ended leave the batch."""
     model, device = policy.model, policy.model.device
@@ -492,7 +496,7 @@ def rollout(policy, prompts: list, uniforms: Tensor, temperature: float) -> Batc
     return Batch(prompts, features.cpu(), *(x.cpu().unflatten(0, (P, G)) for x in columns))
 
 
-def score(policy, batch, problems: list, reward: Callable) -> list[list[str]]:
+def score(policy, batch, problems, reward):
     """Set the batch's rewards; returns the completions' texts [P][G], without special tokens.
     Raises RunError, naming the completion, for a reward that fails or is no finite number."""
     texts, batch.rewards = [], torch.zeros(batch.lengths.shape, dtype=torch.float64)
@@ -518,60 +522,50 @@ def pass_rates(rewards):
     return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
 
 
-def evaluate(policy, problems: list, mine: range, size: int, reward: Callable, config):
+def evaluate(policy, problems, mine, size, reward, config):
     """A sampled and a greedy completion of every problem: log columns, and samples of the first 4.
     The random numbers are always the same, so that what differs between two evaluations is the
     policy. mine: the share of this process, one of `size`; batches are as large as in training."""
-    columns, samples, most = dict[str, float](), [], max(1, config.prompts * config.group // size)
-    for name, mean, temperature in (
-        ("eval_greedy", "eval_greedy_reward", 0.0),
-        ("eval_pass_rate", "eval_reward", config.temperature),
-    ):
+    most, of_all = max(1, config.prompts * config.group // size), []
+    for temperature in (0.0, config.temperature):
         rewards, texts = [], []
         for rows in (mine[start : start + most] for start in range(0, len(mine), most)):
             part, uniforms = [problems[row] for row in rows], draw(config, EVALUATE, 0, rows, 1)
             batch = rollout(policy, [problem.prompt for problem in part], uniforms, temperature)
             texts += score(policy, batch, part, reward)
             rewards += batch.rewards
-        of_all = torch.stack(gather(rewards)).T  # [1, problems]
-        columns |= {name: float(pass_rates(of_all)), mean: float(of_all.mean())}
-        samples = [
-            {"question": x.question, "completion": text, "answer": x.answer, "reward": value}
-            for x, (text,), value in zip(problems[:4], texts, of_all[0].tolist())
-        ]
+        of_all.append(torch.cat(gather(rewards)))
+    both = torch.stack(of_all)  # [greedy and sampled, problems]
+    names = ("eval_greedy", "eval_pass_rate", "eval_greedy_reward", "eval_reward")
+    columns = dict(zip(names, torch.cat([pass_rates(both), both.mean(dim=1)]).tolist()))
+    samples = [
+        {"question": x.question, "completion": text, "answer": x.answer, "reward": value}
+        for x, (text,), value in zip(problems[:4], texts, both[1].tolist())
+    ]
     return columns, samples
 
 
 # ---------------------------- Gradient: of completions, in micro-batches --------------------------
 
 
-def split_rows(batch, rows: Sequence[int], limits: tuple[int, int]) -> list[list[int]]:
+def split_rows(batch, rows, limits):
     """Rows of the batch in micro-batches of at most limits[0] tokens, padding and each completion's
-    copy of its prompt counted, and limits[1] tokens of completions; or of one completion. A
-    prompt's completions stay together if they fit; those of like length share a micro-batch."""
+    copy of its prompt counted, and limits[1] tokens of completions; or of one completion. Prompts
+    come in order of their longest completion, and a prompt's completions one after the other."""
     G, lengths = batch.lengths.shape[1], batch.lengths.flatten().tolist()
-    longest, parts = batch.lengths.amax(dim=1).tolist(), list[list[int]]()
-
-    def room(rows):
-        """How many completions fit if they are padded to the longest of these."""
-        length = max(lengths[row] for row in rows)
-        width = max(len(batch.prompts[row // G]) for row in rows)
-        return max(1, min(limits[0] // (width + length), limits[1] // length))
-
-    order = sorted(rows, key=lambda row: (-longest[row // G], row // G, -lengths[row]))
-    for _, group in itertools.groupby(order, key=lambda row: row // G):
-        own = [*group]
-        if parts and len(parts[-1] + own) <= room(parts[-1] + own):
-            parts[-1] += own
-            continue
-        while own:
-            n = room(own)
-            parts.append(own[:n])
-            own = own[n:]
+    longest, parts, width, length = batch.lengths.amax(dim=1).tolist(), [], 0, 0
+    for row in sorted(rows, key=lambda row: (-longest[row // G], row // G, -lengths[row])):
+        size = len(batch.prompts[row // G])
+        width, length = max(width, size), max(length, lengths[row])  # that all are padded to
+        n = len(parts[-1]) + 1 if parts else math.inf
+        if n * (width + length) > limits[0] or n * length > limits[1]:
+            parts.append([])
+            width, length = size, lengths[row]
+        parts[-1].append(row)
     return parts
 
 
-def completion_logprobs(policy, batch, rows: list[int], config, forward=None):
+def completion_logprobs(policy, batch, rows, config, forward=None):
     """Log-probabilities [n, T] in nats of the rows' tokens, T the longest one's; 0 beyond its end.
     forward: the model at other weights, if others are wanted. Every prompt is encoded once.
     Completions are padded on the right, which no token of them sees."""
@@ -591,10 +585,10 @@ def completion_logprobs(policy, batch, rows: list[int], config, forward=None):
     return torch.where(inside.to(device), logprobs, 0.0)
 
 
-def loss_gradient(policy, batch, rows: Sequence[int], config, reference=None):
+def loss_gradient(policy, batch, rows, config, reference=None):
     """The gradient of the loss of some rows of the batch, a tensor for each trained parameter.
     reference: the forward of the KL term's policy, or None. Sets the rows' old_logprobs."""
-    gradient: Any = None
+    gradient = None
     for part in split_rows(batch, rows, policy.limits):
         with policy.guard():
             logprobs = completion_logprobs(policy, batch, part, config)  # [n, T]
@@ -608,12 +602,12 @@ def loss_gradient(policy, batch, rows: Sequence[int], config, reference=None):
             if reference:
                 anchor = completion_logprobs(policy, batch, part, config, reference)
                 loss = loss + config.kl * (weights * k3_divergence(logprobs, old, anchor)).sum()
-            new = torch.autograd.grad(loss, policy.parameters, materialize_grads=True)
+            new = torch.autograd.grad(loss, [*policy.trained.values()], materialize_grads=True)
         gradient = [a.float() + b for a, b in zip(gradient, new)] if gradient else new
-    return gradient or [torch.zeros_like(x) for x in policy.parameters]
+    return gradient or [torch.zeros_like(x) for x in policy.masters.values()]
 
 
-def make_optimizer(masters: list[Tensor], config) -> Any:
+def make_optimizer(masters, config):
     """Plain SGD, or AdamW without weight decay: the start policy is not to be forgotten."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(masters, lr=config.lr)
@@ -626,12 +620,12 @@ SMALL = 1_000_000  # trained parameters up to which gradients are kept whole and
 SKETCH = 65_537  # numbers kept of larger ones, a prime
 
 
-def square(tensors) -> float:
+def square(tensors):
     """|v|^2 of tensors taken as one vector; in float64, as in directional_curvature."""
     return sum(float(vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
 
 
-def measure_half(policy, batch, rows: range, part: list, signs, config, probe: bool) -> dict:
+def measure_half(policy, batch, rows, part, signs, config, probe):
     """What one half of a prompt's completions says. part: its part of the update's gradient.
     The half's own gradient is that of the expected reward: uphill, the mean over the half of
     leave-one-out advantages * grad log pi. signs: of count_sketch, or None: vectors stay whole.
@@ -661,7 +655,7 @@ def measure_half(policy, batch, rows: range, part: list, signs, config, probe: b
     }
 
 
-def join_halves(A: dict, B: dict, G: int) -> dict:
+def join_halves(A, B, G):
     """Measurements of a prompt from those of its halves: pairs, and the Fisher proxy of all."""
     found = {name: [A[name], B[name]] for name in A if name != "score"}
     if "score" in A:
@@ -669,7 +663,7 @@ def join_halves(A: dict, B: dict, G: int) -> dict:
     return found
 
 
-def probe_curvature(policy, batch, rows: range, direction: dict, config) -> float:
+def probe_curvature(policy, batch, rows, direction, config):
     """Curvature of a prompt's expected reward along the gradient of one half's rows, on the other
     half's samples. These have their own leave-one-out baseline: next to nothing of the direction's
     noise is in it. NaN if they are a single one, or the direction's half was rewarded alike: its
@@ -685,7 +679,7 @@ def probe_curvature(policy, batch, rows: range, direction: dict, config) -> floa
         name: x.float() for name, x in policy.model.named_parameters() if not x.requires_grad
     }
 
-    def sequence_logprobs(parameters: dict) -> Tensor:
+    def sequence_logprobs(parameters):
         forward, found = with_weights(policy.model, weights | parameters), torch.zeros(n).double()
         for part in split_rows(batch, others, policy.limits):
             logprobs = completion_logprobs(policy, batch, part, config, forward)
@@ -699,10 +693,10 @@ def probe_curvature(policy, batch, rows: range, direction: dict, config) -> floa
     return directional_curvature(sequence_logprobs, policy.masters, direction, advantages, slope)
 
 
-def describe_measured(found: list[dict], scale, G: int, geometry: bool):
+def describe_measured(found, scale, G, geometry):
     """The measurements' part of the step's log line, and of its prompts' lines by column.
     found: join_halves of all P prompts, with their `feature`."""
-    line, columns = dict[str, Any](), dict[str, Any]()
+    line, columns = {}, {}
     if "curvature" in found[0]:
         names = found[0].keys() - {"vector", "feature"}
         columns = {name: [each[name] for each in found] for name in names}
@@ -715,9 +709,8 @@ def describe_measured(found: list[dict], scale, G: int, geometry: bool):
         lengths = gram.diagonal().sqrt()
         line |= gradient_geometry(gram, AB.diagonal(), G)
         x = torch.stack([each["feature"] for each in found]).double()
-        line["feature_cos"] = pair_cosines(x @ x.T).abs().mean()
-        x = x - x.mean(dim=0)
-        line["feature_cos_centered"] = pair_cosines(x @ x.T).abs().mean()
+        for name, y in (("feature_cos", x), ("feature_cos_centered", x - x.mean(dim=0))):
+            line[name] = pair_cosines(y @ y.T).abs().mean()
         columns |= {"grad_norm": lengths, "grad_sq_signal": AB.diagonal() / (1 + 1 / (G - 1) ** 2)}
         # Of a prompt without a gradient 0/0. The update, before clipping and optimizer, is the sum
         # of the scaled gradients.
@@ -728,12 +721,7 @@ def describe_measured(found: list[dict], scale, G: int, geometry: bool):
 # ------------------------- train: the algorithm, in the order it happens --------------------------
 
 
-def train(
-    config: Config,
-    dataset: Dataset | None = None,
-    reward: Callable | None = None,
-    stop: Sequence[int] = (),
-) -> dict:
+def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequence[int] = ()):
     """Run a training from start policy to saved model; everything it leaves lies in config.out.
     dataset: problems with columns question and answer instead of the task's own; reward(completion,
     answer) -> float instead of the task's; stop: once a signal's number is in it, the run ends
@@ -747,17 +735,15 @@ def train(
     rank, size = join_processes(config)
     policy = load_policy(config)
     problems, held_out = (encode_problems(rows, policy, config) for rows in splits)
-    check_model(policy, max((problem.prompt for problem in problems), key=len), config)
+    check_model(policy, max([problem.prompt for problem in problems], key=len), config)
     mine, mine_held_out = (
         range(rank * n // size, (rank + 1) * n // size) for n in (P, len(held_out))
     )
     masters, limit = [*policy.masters.values()], config.max_grad_norm or math.inf
     optimizer, trained = make_optimizer(masters, config), sum(x.numel() for x in masters)
     # The KL term's policy is the present one: a second copy of what is trained, and of no more.
-    reference = None
-    if config.kl:
-        first = {name: x.detach().clone() for name, x in zip(policy.masters, policy.parameters)}
-        reference = torch.no_grad()(with_weights(policy.model, first))
+    first = {name: x.detach().clone() for name, x in policy.trained.items() if config.kl}
+    reference = torch.no_grad()(with_weights(policy.model, first)) if first else None
     geometry_every, probe_every, signs = config.geometry_every, config.probe_every, None
     measurable = config.agg != "mean" and not config.kl  # else the loss has another gradient
     if geometry_every < 0:
@@ -765,8 +751,8 @@ def train(
     if probe_every < 0:
         probe_every = (10 if trained <= SMALL else 25) * measurable
     if trained > SMALL and (geometry_every or probe_every):
-        signs = torch.empty(trained, dtype=torch.int8, device=config.device)
-        signs.random_(0, 2, generator=torch.Generator(config.device).manual_seed(0)).mul_(2).sub_(1)
+        seeded = torch.Generator(config.device).manual_seed(0)
+        signs = torch.randint(2, (trained,), generator=seeded, device=config.device).char() * 2 - 1
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -775,7 +761,7 @@ def train(
     start, failed = load_checkpoint(config, policy, optimizer, rank) if config.resume else 0, 0
     if rank == 0:
         save_checkpoint(config, policy, optimizer, start)
-        name = getattr(reward, "__name__", "as given")
+        name = getattr(reward, "__name__", reward)
         print(
             f"{config.task}: {len(problems):,} problems, reward {name}, at most "
             f"{config.max_new_tokens} new tokens; norm {config.norm}, {config.optimizer} at "
@@ -790,7 +776,7 @@ def train(
         if number:
             name = signal.Signals(number).name
             raise RunError(f"{name}: the same command with --resume goes on", 128 + number)
-        evaluation: dict = {}
+        evaluation = {}
         due = config.eval_every and step % config.eval_every == 0
         if step in (0, config.steps) or due:
             evaluation, samples = evaluate(policy, held_out, mine_held_out, size, reward, config)
@@ -808,10 +794,10 @@ def train(
         # Rollout and rewards.
         batch = rollout(policy, [problem.prompt for problem in own], uniforms, config.temperature)
         score(policy, batch, own, reward)
-        totals = batch.entropy.sum(2), batch.logprobs.sum(2)
-        columns = [x.double() for x in (batch.rewards, batch.lengths, batch.truncated, *totals)]
-        everyone = torch.cat(gather([torch.stack(columns)]), dim=1)
-        rewards, lengths, truncated, entropy, logprobs = everyone  # [P, G] of all processes
+        sums = batch.entropy.sum(2), batch.logprobs.sum(2)
+        own_columns = batch.rewards, batch.lengths, batch.truncated, *sums  # [P', G]
+        columns = (torch.cat(gather([column])).double() for column in own_columns)
+        rewards, lengths, truncated, entropy, logprobs = columns  # [P, G] of all processes
         sampled = time.perf_counter()
 
         # Advantages: here REINFORCE (none) and GRPO (std) part, and nowhere else.
@@ -826,14 +812,14 @@ def train(
         geometry, probe = (e > 0 and step % e == 0 for e in (geometry_every, probe_every))
         active = [row for row, A in enumerate(batch.advantages.flatten()) if A or reference]
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
-        grad_norms, found, first_half = [], [], (G + 1) // 2
+        grad_norms, found = [], []
         for epoch in range(config.epochs):
             gradient = [torch.zeros_like(master) for master in masters]
             measured = (geometry or probe) and epoch == 0
-            parts: list = split_rows(batch, active, policy.limits)
-            if measured:
-                groups = [range(p * G, p * G + G) for p in range(len(mine))]
-                parts = [x for rows in groups for x in (rows[:first_half], rows[first_half:])]
+            parts = split_rows(batch, active, policy.limits)
+            if measured:  # 0 to h, h to G, G to G + h, ...
+                edges = [p * G + h for p in range(len(mine)) for h in (0, (G + 1) // 2)]
+                parts = map(range, edges, [*edges[1:], len(mine) * G])
             for rows in parts:
                 part = loss_gradient(
                     policy, batch, [row for row in rows if row in active], config, reference
@@ -931,7 +917,7 @@ BOMB = re.compile(
 )
 
 
-def marked_answer(text: str) -> str | None:
+def marked_answer(text):
     r"""The last answer marked by \boxed{...} or ####; None without a mark, "" where the last one is
     not closed."""
     marks = [*re.finditer(r"####|\\boxed|\\fbox", text)]
@@ -1017,7 +1003,7 @@ COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solutio
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
 
 
-def load_rows(source: str, graded: bool, raw: Dataset | None = None) -> list[tuple[str, str]]:
+def load_rows(source, graded, raw=None):
     """Question and final answer of every row of a JSONL file, of a hub data set PATH[:NAME]:SPLIT,
     or of `raw`, thus named. Raises InputError for what cannot be loaded, or for a row (from 1)
     without a question and an answer to grade."""
@@ -1046,7 +1032,7 @@ def load_rows(source: str, graded: bool, raw: Dataset | None = None) -> list[tup
     return rows
 
 
-def load_problems(config, dataset: Dataset | None, reward: Callable):
+def load_problems(config, dataset, reward):
     """Questions and answers to train on and held out: of `dataset`, files, or the task. Raises
     InputError."""
     task, graded = TASKS[config.task], reward is grade
@@ -1062,7 +1048,7 @@ def load_problems(config, dataset: Dataset | None, reward: Callable):
     return train[count:], train[:count]
 
 
-def encode_problems(rows: list, policy, config) -> list[Problem]:
+def encode_problems(rows, policy, config):
     """Problems with their prompts. Raises InputError for one longer than the model's context."""
     tokenizer = policy.tokenizer
     texts = [config.instruction.replace("{question}", question) for question, _ in rows]
@@ -1079,11 +1065,13 @@ def encode_problems(rows: list, policy, config) -> list[Problem]:
     return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]
 
 
-def check_model(policy, prompt: list[int], config):
+def check_model(policy, prompt, config):
     """Raises InputError for a model that rollout and training cannot use, or do not take for one
     distribution. Finds out whether it writes in place what a gradient needs: torch then has a
     context that keeps a copy."""
-    refusal = f"model {config.model or config.task} ({policy.model.config.model_type}) cannot be used"
+    refusal = (
+        f"model {config.model or config.task} ({policy.model.config.model_type}) cannot be used"
+    )
     endless, apart = replace(policy, eos_ids=[-1]), []
     for T in (2, 8):  # some layers have a way of their own for a single token
         uniforms = torch.full((1, 2, min(T, config.max_new_tokens)), 0.5)
@@ -1111,17 +1099,17 @@ LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
 MAY_CHANGE = {"steps", "eval_every", "save_every", "micro_batch", "device", "out", "resume"}
 
 
-def append(path: Path, rows: list):
+def append(path, rows):
     """Add one JSON line a row; a number that is not finite, which JSON lacks, becomes null."""
     rows = json.loads(json.dumps(rows, default=Tensor.tolist), parse_constant=lambda name: None)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def save_checkpoint(config, policy, optimizer, step: int):
+def save_checkpoint(config, policy, optimizer, step):
     """One safetensors file with masters, optimizer state and the logs' sizes; replaces the previous
     one atomically."""
-    out, tensors = Path(config.out), dict[str, Tensor]()
+    out, tensors = Path(config.out), {}
     path = out / CHECKPOINT
     for name, master in policy.masters.items():
         parts = {"weights": master.detach(), **optimizer.state[master]}
@@ -1142,7 +1130,7 @@ def save_checkpoint(config, policy, optimizer, step: int):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(config, policy, optimizer, rank: int) -> int:
+def load_checkpoint(config, policy, optimizer, rank):
     """Restore weights, optimizer and logs as they were; returns the next step. Raises InputError,
     with nothing changed on disk, for a torn file, another model or settings, and lost log lines."""
     out, path = Path(config.out), Path(config.out) / CHECKPOINT
@@ -1152,8 +1140,10 @@ def load_checkpoint(config, policy, optimizer, rank: int) -> int:
             then, now = state["config"], asdict(config)
             for settings in (then, now):  # `auto` used to be stored as what it meant then
                 if settings.get("dtype") == "auto":
-                    settings["dtype"] = weights_dtype(config)
-            differ = {k: (then[k], now[k]) for k in then.keys() - MAY_CHANGE if then[k] != now[k]}
+                    settings["dtype"] = weights_dtype("auto", config.device)
+            differ = {
+                k: (v, now[k]) for k, v in then.items() if k not in MAY_CHANGE and v != now[k]
+            }
             if differ:
                 raise ValueError(f"other settings, then and now: {differ}")
             if state["step"] > config.steps:
@@ -1167,15 +1157,7 @@ def load_checkpoint(config, policy, optimizer, rank: int) -> int:
                 parts = {kind: file.get_tensor(f"{kind}.{name}") for kind in kinds}
                 master.data.copy_(parts.pop("weights").view_as(master))
                 optimizer.state |= {master: parts} if parts else {}
-    except (
-        SafetensorError,
-        OSError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
+    except Exception as error:  # whatever a damaged file makes safetensors and torch raise
         raise InputError(f"cannot resume from {path}: {error}") from error
     policy.publish()
     for log in (out / name for name in LOGS if rank == 0 and (out / name).exists()):
@@ -1183,7 +1165,7 @@ def load_checkpoint(config, policy, optimizer, rank: int) -> int:
     return state["step"]
 
 
-def join_processes(config) -> tuple[int, int]:
+def join_processes(config):
     """Number of this process, and of all that torchrun started for the run; (0, 1) without it.
     Raises InputError."""
     size, cuda = int(os.environ.get("WORLD_SIZE", 1)), "cuda" in config.device
@@ -1197,7 +1179,7 @@ def join_processes(config) -> tuple[int, int]:
     return dist.get_rank(), size
 
 
-def collective(operation: Callable, *arguments: Any):
+def collective(operation, *arguments):
     """What all processes do together. Raises RunError where another one has stopped."""
     try:
         operation(*arguments)
@@ -1205,7 +1187,7 @@ def collective(operation: Callable, *arguments: Any):
         raise RunError(f"another process has stopped: {error}") from error
 
 
-def gather(part: list) -> list:
+def gather(part):
     """The lists of all processes, one after the other."""
     parts = [part] * (dist.get_world_size() if dist.is_initialized() else 1)
     if len(parts) > 1:
@@ -1213,10 +1195,9 @@ def gather(part: list) -> list:
     return sum(parts, [])
 
 
-def weights_dtype(config) -> str:
-    """The type of the working weights."""
-    auto = "bfloat16" if "cuda" in config.device else "float32"
-    return auto if config.dtype == "auto" else config.dtype
+def weights_dtype(dtype, device):
+    """The type of the working weights: what `auto` means on a device."""
+    return dtype if dtype != "auto" else "bfloat16" if "cuda" in device else "float32"
 
 
 def settle(config):
@@ -1249,19 +1230,19 @@ def settle(config):
     config.out = config.out or f"runs/{config.task}-{config.norm}-{config.seed}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments=None):
     """The command line; returns the exit status."""
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    about: Any = dict(prog="grpo.py", description=str(__doc__).splitlines()[0])
-    parser = HfArgumentParser(Config, allow_abbrev=False, **about)  # type: ignore[arg-type]
+    about = dict(prog="grpo.py", description=str(__doc__).splitlines()[0])
+    parser = HfArgumentParser(Config, allow_abbrev=False, **about)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    parser.error = lambda message: parser.exit(2, f"grpo.py: error: {message}\n")  # type: ignore
-    received: list = []
+    parser.error = lambda message: parser.exit(2, f"grpo.py: error: {message}\n")
+    received = []
 
-    def note(number: int, _: Any) -> None:
+    def note(number, _):
         received.append(number)  # a step is not left in the middle, where weights are half updated
         signal.signal(number, signal.SIG_DFL)
         os.write(2, b"\nstopping after this step, with a checkpoint (a second time: at once)\n")

@@ -33,6 +33,7 @@ import torch
 import transformers
 from datasets import Dataset
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch.nn.functional import pad
@@ -98,7 +99,7 @@ def save_model(kind: str, path: Path) -> str:
 
 def make_policy(model, ends=(1,), **more) -> Policy:
     masters = dict(model.named_parameters())
-    return Policy(model, None, list(ends), list(masters.values()), masters, **more)
+    return Policy(model, None, list(ends), masters, masters, **more)
 
 
 def uniforms(P: int, G: int, T: int) -> torch.Tensor:
@@ -454,31 +455,52 @@ def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind
             torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
 
 
-def test_micro_batches_keep_to_their_limits_and_groups_together():
-    """Prompts of 400 tokens and answers of 4 or 5: a hundred fit but for the copies of the prompt."""
+HYBRID = SHARED | dict(
+    vocab_size=23, layer_types=["linear_attention", "full_attention"], head_dim=8
+)
+STATES = {  # whose past is not keys and values alone: a delta rule, a state space
+    "qwen3_next": dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8)
+    | dict(linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "granitemoehybrid": dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=4)
+    | dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16),
+}
+if transformers.__version__ < "5":
+    STATES["granitemoehybrid"] |= dict(layer_types=["mamba", "attention"])  # as it has them
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_models_with_a_state_have_the_naive_gradient_or_are_refused(kind):
+    """transformers 4 has caches of another kind for them."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **HYBRID | STATES[kind])
+    policy = make_policy(AutoModelForCausalLM.from_config(config).eval(), limits=(60, 40))
+    settings = Config(device="cpu")
+    if transformers.__version__ < "5":
+        with pytest.raises(
+            InputError, match=f"{kind}.*: going on from a DynamicCache failed: .*state"
+        ):
+            grpo.check_model(policy, [3, 4, 5], settings)
+        return
+    grpo.check_model(policy, [3, 4, 5], settings)
+    batch = sample_batch(policy)
+    now = naive_logprobs(policy.model, batch)
+    loss = naive_loss(now, now, now, batch, "sequence")
+    expected = torch.autograd.grad(loss, list(policy.trained.values()), materialize_grads=True)
+    gradient = flat(grpo.loss_gradient(policy, batch, range(20), settings))
+    assert relative_error(gradient, flat(expected)) < 1e-5
+
+
+def test_micro_batches_keep_to_their_limits():
+    """Prompts of 400 tokens and answers of 4 or 5: all would fit but for the copies of the prompts."""
     lengths = torch.tensor([[4, 5, 4], [5, 5, 5], [4, 4, 4], [9, 1, 1]])
     batch = SimpleNamespace(prompts=[[0] * 400, [0] * 400, [0] * 400, [0] * 10], lengths=lengths)
     split = lambda *limits: grpo.split_rows(batch, range(12), limits)  # noqa: E731
-    assert split(4096, 4096) == [
-        [9, 10, 11, 1, 0, 2, 3, 4, 5],
-        [6, 7, 8],
-    ]  # 12 * 409 are more than 4096
-    assert split(1e9, 27) == [
-        [9, 10, 11],
-        [1, 0, 2],
-        [3, 4, 5],
-        [6, 7, 8],
-    ]  # of completions, at 9 and 5 a row
-    assert split(820, 4096) == [
-        [9, 10, 11],
-        [1, 0],
-        [2],
-        [3, 4],
-        [5],
-        [6, 7],
-        [8],
-    ]  # two of 405, not three
-    assert split(1, 1) == [[row] for row in (9, 10, 11, 1, 0, 2, 3, 4, 5, 6, 7, 8)]
+    order = [9, 10, 11, 1, 0, 2, 3, 4, 5, 6, 7, 8]  # a prompt's longest answer first
+    assert split(12 * 409, 4096) == [order]
+    assert split(4096, 4096) == [order[:10], order[10:]]  # 10 * 409; the last two are of 404
+    assert split(820, 4096) == [[9, 10, 11], [1, 0], [2, 3], [4, 5], [6, 7], [8]]  # 2 * 405, not 3
+    assert split(1e9, 40) == [order[:4], order[4:12]]  # 4 * 9, 8 * 5
+    assert split(1, 1) == [[row] for row in order] and grpo.split_rows(batch, [], (1, 1)) == []
 
 
 def parity(completion: str, answer: str) -> float:
@@ -608,12 +630,39 @@ def test_a_run_is_the_naive_one(changes, tmp_path):
     )
 
 
-def test_the_rate_is_the_tasks_own_and_ten_times_that_with_adapters():
+def test_a_task_brings_its_settings_and_a_model_or_data_of_ones_own_is_mathematics():
     rates = {task: Config(task=task).lr for task in grpo.TASKS}
     assert rates == {"letters": 2e-4, "arith": 3e-4, "gsm8k": 1e-6, "math": 1e-6}
-    assert (
-        Config(task="gsm8k", lora=64).lr == pytest.approx(1e-5) and Config(lr=0.5, lora=1).lr == 0.5
-    )
+    assert Config(task="gsm8k", lora=64).lr == pytest.approx(1e-5)
+    assert Config(lr=0.5, lora=1).lr == 0.5
+    own = [Config(), Config(model="DIR"), Config(data="FILE"), Config(task="letters", model="DIR")]
+    assert [config.task for config in own] == ["letters", "math", "math", "letters"]
+    assert [config.out for config in own[:2]] == ["runs/letters-std-0", "runs/math-std-0"]
+    assert (own[1].max_new_tokens, own[1].lr, own[1].instruction) == (1024, 1e-6, grpo.BOXED)
+    rewards = [grpo.TASKS[config.task].reward("so 5.0\n", "5") for config in own]
+    assert rewards == [0.0, 1.0, 1.0, 0.0]  # exact match, the grader
+
+
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ END }}{% endfor %}"
+ENDS = [  # what a template puts after an answer, and what of it ends a completion
+    ("<|im_end|>\n", ["<|im_end|>"]),
+    ("<eos>", []),  # which ends one already
+    ("\nUser:", []),  # plain text
+    ("{{ raise_exception('no') if m.role == 'assistant' }}", []),
+]
+
+
+@pytest.mark.parametrize(("end", "more"), ENDS)
+def test_what_ends_a_turn_by_the_template_ends_a_completion(end, more, tmp_path):
+    path = shutil.copytree(LETTERS.model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TURN.replace("{{ END }}", end)
+    tokenizer.save_pretrained(path)
+    for chat in (True, False):
+        policy = grpo.load_policy(settings(tmp_path, model=str(path), chat=chat))
+        wanted = ["<eos>", *more * chat]
+        assert policy.eos_ids == sorted(tokenizer.convert_tokens_to_ids(wanted))
 
 
 def read(out, name: str = "metrics.jsonl") -> list[dict]:
@@ -751,7 +800,10 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
         LETTERS.model, dtype=config.dtype, attn_implementation="eager"
     )
     both = [step_batch(x, 0, config) for x in (policy, grpo.load_policy(replace(config, lora=0)))]
-    assert torch.equal(*(x.tokens for x in both)) and policy.parameters[0].dtype == torch.float32
+    assert (
+        torch.equal(*(x.tokens for x in both))
+        and next(iter(policy.trained.values())).dtype == torch.float32
+    )
     torch.manual_seed(0)
     for name, master in policy.masters.items():
         master.data += 0.05 * torch.randn(master.shape) * ("lora_B" in name)
@@ -828,6 +880,51 @@ KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy
 MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small cos_abs interference signal_share cos_signal
     feature_cos feature_cos_centered"""
 PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher", "fisher_half"]
+
+
+def test_the_advantages_decide_the_update_of_a_measured_step_too(tmp_path, monkeypatch):
+    """Others in their place, of the sizes 0 to 14: they are those of its gradient."""
+    A = torch.arange(15.0).view(3, 5) - 7
+    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, norm: A)
+    changes = dict(steps=1, eval_every=0, eval_problems=2, optimizer="sgd", lr=1.0, max_grad_norm=0)
+    run(tmp_path, probe_every=1, **changes)
+    policy = grpo.load_policy(config := settings(tmp_path, **changes))
+    before, batch = flat(policy.masters.values()), step_batch(policy, 0, config)
+    now = naive_logprobs(policy.model, batch)
+    loss = sum(A[p, g] / 15 * now[p][g].sum() for p in range(3) for g in range(5))
+    gradient = flat(torch.autograd.grad(loss, list(policy.trained.values())))
+    saved = load_file(tmp_path / grpo.CHECKPOINT)
+    moved = flat(saved[f"weights.{name}"] for name in policy.masters) - before
+    assert relative_error(moved, 0.1 * gradient) < 1e-4 and "curvature" in read(tmp_path)[0]
+
+
+def test_a_run_may_go_on_where_auto_means_another_dtype_and_from_when_it_was_stored(tmp_path):
+    run(tmp_path, steps=2, dtype="auto")
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "auto"
+    path = tmp_path / grpo.CHECKPOINT
+    with safe_open(path, "pt") as file:
+        state, tensors = json.loads(file.metadata()["state"]), load_file(path)
+    state["config"]["dtype"] = "float32"  # as checkpoints had it
+    save_file(tensors, path, {"state": json.dumps(state)})
+    run(tmp_path, steps=3, dtype="auto", resume=True)
+    with pytest.raises(InputError, match="other settings.*dtype.*float32.*bfloat16"):
+        run(tmp_path, steps=4, dtype="bfloat16", resume=True)
+
+
+def test_a_model_without_hidden_states_trains_and_its_feature_cosines_are_null(
+    tmp_path, monkeypatch
+):
+    extend = grpo.extend
+
+    def without(*args, **options):
+        return SimpleNamespace(logits=extend(*args, **options).logits)
+
+    monkeypatch.setattr(grpo, "extend", without)
+    run(tmp_path, steps=1, eval_every=0, eval_problems=2)
+    line, last = read(tmp_path)
+    assert (
+        line["feature_cos"] is line["feature_cos_centered"] is None and line["cos_mean"] is not None
+    )
 
 
 def test_what_a_run_leaves(whole):
@@ -1155,6 +1252,32 @@ def test_the_number_of_processes_changes_nothing(sizes, changes, tmp_path):
         assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
 
 
+def test_an_unexpected_error_keeps_its_traceback_and_a_lost_process_is_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RunError, match="another process has stopped: Connection closed by peer"):
+        grpo.collective(fail)
+    monkeypatch.setattr(grpo, "train", fail)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="^Connection closed by peer$"):
+        command([])
+
+
+def test_each_process_evaluates_its_share_in_batches_of_its_share(tmp_path, monkeypatch):
+    config, sizes, rollout = settings(tmp_path, prompts=2, group=4), [], grpo.rollout
+    policy = grpo.load_policy(config)
+    monkeypatch.setattr(
+        grpo, "rollout", lambda p, x, *more: sizes.append(len(x)) or rollout(p, x, *more)
+    )
+    problems = grpo.encode_problems(grpo.load_rows(LETTERS.test, False)[:9], policy, config)
+    whole, samples = grpo.evaluate(policy, problems, range(9), 1, parity, config)
+    monkeypatch.setattr(grpo, "gather", lambda part: part)
+    grpo.evaluate(policy, problems, range(4, 9), 2, parity, config)
+    assert sizes == [8, 1] * 2 + [4, 1] * 2 and len(samples) == 4
+    assert whole["eval_pass_rate"] == whole["eval_reward"]
+
+
 def test_a_process_that_dies_ends_the_others_and_the_run_resumes_with_another_number(
     tmp_path, monkeypatch
 ):
@@ -1188,6 +1311,8 @@ GRADES = r"""
 90 ✓ \boxed{90^\circ} ‖ \left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
 (-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864} ‖ 15 ✓ \boxed{15 \text{ cm}^{3}}
 \text{e} ✗ \boxed{\text{e}^2} ‖ (3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
+-5 ✓ it is −5 ¦ −$5.\n ✗ 3 - 5 ‖ 3/4 ✓ so 3/4 ¦ 0.75\n ✗ 4 ‖ 4 ✗ it is 3/4 ¦ 1.5e3 ‖ 3 ✗ 3/4 ¦ 1.5e3
+1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ✗ 1.5e2 ‖ 10 ✗ 1e100 ‖ 5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n
 1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}} ‖ -3 ✓ it is -3
 """
 

@@ -1,20 +1,21 @@
-"""The runs behind the results: grpo.py with other flags. Whole runs are kept, interrupted ones resumed.
+"""The runs behind the results: grpo.py with other flags. Whole runs are kept, others resumed.
 
-    python benchmarks/experiment.py letters         # the embedded task: none, std and var, everything measured
-    python benchmarks/experiment.py rates           # learning rates, on seeds that nothing else uses
-    python benchmarks/experiment.py norms           # each norm at its best of these rates; needs `rates`
-    python benchmarks/experiment.py groups          # G = 4, 16, 64 at equal completions a step
-    python benchmarks/experiment.py overlap         # letters that share one, two, all of their digits
-    python benchmarks/experiment.py arith           # one skill in every problem
-    python benchmarks/experiment.py neighbours      # the methods of neighbours.py
-    python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl     # a language model with adapters
-    python benchmarks/experiment.py table           # what they say, one line a comparison and norm
-    python benchmarks/experiment.py condition       # gap against overlap: a table, and OUT/condition.png
-    python benchmarks/experiment.py exact           # no runs: policies whose gradient is known, every G and none
+    python benchmarks/experiment.py letters        # the embedded task: none, std, var; all measured
+    python benchmarks/experiment.py rates          # learning rates, on seeds that nothing else uses
+    python benchmarks/experiment.py norms          # each norm at its best rate; needs `rates`
+    python benchmarks/experiment.py groups         # G = 4, 16, 64 at equal completions a step
+    python benchmarks/experiment.py overlap        # letters that share one, two, all three digits
+    python benchmarks/experiment.py arith          # one skill in every problem
+    python benchmarks/experiment.py neighbours     # the methods of neighbours.py
+    python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl   # a language model
+    python benchmarks/experiment.py table          # what they say: a line a comparison and norm
+    python benchmarks/experiment.py condition      # gap against overlap: table, OUT/condition.png
+    python benchmarks/experiment.py exact          # no runs: policies whose gradient is known
 
-Runs lie in OUT/STUDY/VARIANT/; `python analyze.py runs/experiment/letters/default/*` reports on them in full.
-SVAMP.jsonl (Patel et al. 2021) has columns question, answer and equation; the first 700 problems train, the rest are
-held out. Choose a rate for `model` by --lr and --seeds on a seed that is not reported.
+Runs lie in OUT/STUDY/VARIANT/; `python analyze.py runs/experiment/letters/default/*` reports on
+them in full. SVAMP.jsonl (Patel et al. 2021) has columns question, answer and equation; the first
+700 problems train, the rest are held out. Choose a rate for `model` by --lr and --seeds, on a seed
+that is not reported.
 """
 
 import argparse
@@ -42,17 +43,23 @@ sys.path += [str(HERE), str(HERE.parent)]
 import analyze  # noqa: E402
 
 NORMS = ("none", "std", "var")
-RATES = {"adamw": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3), "sgd": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}
+RATES = {
+    "adamw": (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3),
+    "sgd": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+}
 CLIP = {"adamw": 10, "sgd": 0}  # plain SGD has no clipping: it would act on the norms unequally
 CHOOSING, COMPARING = (100, 101), (0, 1, 2, 3, 4)  # seeds
-QUIET: dict[str, Any] = dict(geometry_every=0, probe_every=0, eval_every=0)  # nothing measured but pass rates
+# Nothing is measured but pass rates.
+QUIET: dict[str, Any] = dict(geometry_every=0, probe_every=0, eval_every=0)
 Plan = Iterator[tuple[str, dict[str, Any]]]  # VARIANT/RUN, and its flags
 
 
-# ------------------------------------------------------- Plans -------------------------------------------------------
+# --------------------------------------------- Plans ----------------------------------------------
 
 
-def paired(variant: str, norms: Sequence[str], seeds: Sequence[int] = COMPARING, **flags: Any) -> Plan:
+def paired(
+    variant: str, norms: Sequence[str], seeds: Sequence[int] = COMPARING, **flags: Any
+) -> Plan:
     """A run of each norm with each seed."""
     for seed in seeds:
         for norm in norms:
@@ -73,8 +80,8 @@ def rates(given: argparse.Namespace) -> Plan:
     """Every norm and optimizer at several learning rates."""
     for optimizer, choices in RATES.items():
         for lr in choices:
-            more: dict[str, Any] = dict(optimizer=optimizer, max_grad_norm=CLIP[optimizer], lr=lr, **QUIET)
-            for name, flags in paired(optimizer, NORMS, CHOOSING, **more):
+            more: dict[str, Any] = dict(max_grad_norm=CLIP[optimizer], lr=lr, **QUIET)
+            for name, flags in paired(optimizer, NORMS, CHOOSING, optimizer=optimizer, **more):
                 yield f"{name}-{lr:g}", flags
 
 
@@ -82,8 +89,9 @@ def norms(given: argparse.Namespace) -> Plan:
     """Every norm and optimizer at its best rate, everything measured."""
     for optimizer in RATES:
         for norm in NORMS:
-            lr = best_rate(given.out, optimizer, norm)
-            yield from paired(optimizer, [norm], optimizer=optimizer, max_grad_norm=CLIP[optimizer], lr=lr)
+            more: dict[str, Any] = dict(max_grad_norm=CLIP[optimizer])
+            more["lr"] = best_rate(given.out, optimizer, norm)
+            yield from paired(optimizer, [norm], optimizer=optimizer, **more)
 
 
 def groups(given: argparse.Namespace) -> Plan:
@@ -93,33 +101,40 @@ def groups(given: argparse.Namespace) -> Plan:
 
 
 def overlap(given: argparse.Namespace) -> Plan:
-    """Letters with a part of the skill in common, by the number of digits; `letters` and `arith` are the two ends."""
+    """Letters with a part of the skill in common, by the number of digits; `letters` and `arith`
+    are the two ends."""
     import make_tasks
 
     for shared in (1, 2, 3):
         folder = given.out / "tasks" / f"letters-{shared}"
         if not (folder / "model" / "tokenizer.json").exists():  # written last
             make_tasks.make(folder.name, folder)
-        data = dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
-        yield from paired(f"{shared}-of-3", NORMS[:2], model=folder / "model", **data)
+        files = dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
+        flags = dict(task="letters", model=folder / "model", **files)
+        yield from paired(f"{shared}-of-3", NORMS[:2], **flags)
 
 
 def neighbours(given: argparse.Namespace) -> Plan:
-    """The methods of neighbours.py (nsgd at its best of three rates on seed 100), and the clip that vespo replaces."""
-    changes: dict[str, dict[str, Any]] = {"vl-norm": {}, "nsgd": dict(lr=0.1), "vespo": dict(epochs=2), "spo": {}}
+    """The methods of neighbours.py (nsgd at its best of three rates on seed 100), and the clip that
+    vespo replaces."""
+    changes: dict[str, dict[str, Any]] = {"vl-norm": {}, "nsgd": dict(lr=0.1)}
+    changes |= {"vespo": dict(epochs=2), "spo": {}}
     for method, flags in changes.items():
         yield from paired(method, ["std"], COMPARING[:3], method=method, **flags)
     yield from paired("two-epochs", ["std"], COMPARING[:3], epochs=2, **QUIET)
 
 
 def model(given: argparse.Namespace) -> Plan:
-    """A language model on word problems, warm-started on their equations: none against std, with adapters."""
+    """A language model with adapters on word problems, after a warm start on their equations: none
+    against std."""
     folder, instruction = given.out / "tasks" / "svamp", "Question: {question}\nAnswer:"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for row in map(json.loads, given.svamp.read_text(encoding="utf-8").splitlines()):
-        equation = re.sub(r"(\d+)\.0\b", r"\1", row["equation"]).replace("( ", "(").replace(" )", ")")
-        equation = equation.strip("()") if equation.count("(") == 1 else equation  # one pair is around all of it
+        equation = re.sub(r"(\d+)\.0\b", r"\1", row["equation"])
+        equation = equation.replace("( ", "(").replace(" )", ")")
+        if equation.count("(") == 1:  # around all of it
+            equation = equation.strip("()")
         rows.append({**row, "solution": f"{equation} = {row['answer']}\n#### {row['answer']}"})
     for name, part in (("train", rows[:700]), ("test", rows[700:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
@@ -127,31 +142,38 @@ def model(given: argparse.Namespace) -> Plan:
     start, unfinished = folder / Path(given.model).name, folder / "unfinished"
     if not start.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
-        command = [sys.executable, HERE / "warm_start.py", given.model, folder / "train.jsonl", unfinished]
-        subprocess.run([*command, "--no-chat", f"--instruction={instruction}"], check=True)
+        command = [sys.executable, HERE / "warm_start.py", given.model, folder / "train.jsonl"]
+        command += [unfinished, "--no-chat", f"--instruction={instruction}"]
+        subprocess.run(command, check=True)
         unfinished.rename(start)
-    flags = dict(task="gsm8k", model=start, data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
-    flags |= dict(instruction=instruction, chat=False, lora=64, dtype="bfloat16", lr=given.lr)
+    flags = dict(task="gsm8k", model=start, instruction=instruction, chat=False)
+    flags |= dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
+    flags |= dict(lora=64, dtype="bfloat16", lr=given.lr)
     flags |= dict(prompts=4, group=8, max_new_tokens=28, steps=given.steps, save_every=10)
     flags |= dict(max_grad_norm=0)  # a limit would act on std's larger gradients alone
     flags |= dict(geometry_every=1, probe_every=30, eval_every=150, eval_problems=150)
     yield from paired(f"{start.name}-{given.lr:g}", NORMS[:2], given.seeds, **flags)
 
 
-# ------------------------------------------------------ Running ------------------------------------------------------
+# -------------------------------------------- Running ---------------------------------------------
 
 
 def run(path: Path, flags: dict[str, Any], jobs: int) -> str:
     """Make one run, or what is missing of it; returns a line on how it ended."""
     if (path / "model").exists() and not (path / "checkpoint").exists():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        other = [key for key, value in flags.items() if str(config[key]) != str(type(config[key])(value))]
-        return f"{path}: there already" + f", but made with another {', '.join(other)}: remove it" * bool(other)
+        made = {key: str(config[key]) for key in flags}
+        wanted = {key: str(type(config[key])(value)) for key, value in flags.items()}
+        other = ", ".join(key for key in flags if made[key] != wanted[key])
+        return f"{path}: there already" + f", but made with another {other}: remove it" * bool(
+            other
+        )
     method = flags.get("method", "")
     if method == "spo":  # it cannot be resumed
         shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, *([HERE / "neighbours.py", method] if method else [HERE.parent / "grpo.py"])]
+    script = [HERE / "neighbours.py", method] if method else [HERE.parent / "grpo.py"]
+    command = [sys.executable, *script]
     command += [f"--{key}={value}" for key, value in flags.items() if key != "method"]
     command += [f"--out={path}", *(["--resume"] if (path / "config.json").exists() else [])]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
@@ -169,29 +191,31 @@ def whole_runs(folder: Path) -> list[analyze.Run]:
 
 @functools.cache
 def best_rate(out: Path, optimizer: str, norm: str) -> float:
-    """The rate with the highest mean training pass rate, over steps and seeds, among those whole in `rates`."""
+    """The rate with the highest mean training pass rate, over steps and seeds, among those that
+    have all their runs in `rates`."""
     table = analyze.tabulate(whole_runs(out / "rates" / optimizer))
     means = table[table["norm"] == norm].groupby("lr")["rate"].agg(["mean", "size"])
     whole = means.loc[means["size"] == len(CHOOSING), "mean"]
     if whole.empty:
-        sys.exit(f"experiment.py: error: no learning rate has all its runs in {out}/rates: run `rates` first")
+        missing = f"no learning rate has all its runs in {out}/rates: run `rates` first"
+        sys.exit(f"experiment.py: error: {missing}")
     return float(whole.idxmax())
 
 
-# ------------------------------------------------------ Tables -------------------------------------------------------
+# --------------------------------------------- Tables ---------------------------------------------
 
 
 def early_geometry(runs: list[analyze.Run]) -> dict[str, list[float]]:
     """Corrected cosine and interference of the first 60 steps, before the runs have parted."""
     starts = [(run.log[run.log["step"] < 60], run.config["prompts"]) for run in runs]
-    return {
-        "corrected cosine": analyze.mean_interval(analyze.corrected_cosine(log, P) for log, P in starts),
-        "interference": analyze.mean_interval(log["interference"].mean() for log, _ in starts),
-    }
+    values = {"corrected cosine": [analyze.corrected_cosine(log, P) for log, P in starts]}
+    values["interference"] = [log["interference"].mean() for log, _ in starts]
+    return {name: analyze.mean_interval(each) for name, each in values.items()}
 
 
 def table(out: Path) -> str:
-    """A line for every comparison and norm; of `rates`, mean pass rates over steps and seeds by learning rate."""
+    """A line for every comparison and norm; of `rates`, mean pass rates over steps and seeds by
+    learning rate."""
     rows: dict[str, dict[str, Any]] = {}
     rates: dict[str, dict[str, Any]] = {}
     for folder in sorted({path.parents[1] for path in out.glob("*/*/*/model")}):
@@ -202,35 +226,43 @@ def table(out: Path) -> str:
             continue
         for title, runs in analyze.arrange(whole).items():
             found = analyze.compare(runs, None)[0]
-            for norm, row in found["norms"].items():
-                row = {re.sub(r"steps to .*", "steps to goal", key): value for key, value in row.items()}
-                row["three phases"] = float(found["phases"]["found"]) if norm == found["norm"] else None
+            for norm, numbers in found["norms"].items():
+                row = {
+                    re.sub(r"steps to .*", "steps to goal", key): numbers[key] for key in numbers
+                }
+                three = float(found["phases"]["found"])
+                row["three phases"] = three if norm == found["norm"] else None
                 mine = [one for one in runs if one.config["norm"] == norm]
                 rows[f"{name}, {title}: {norm}"] = row | early_geometry(mine)
     return f"{analyze.markdown(rows)}\n\n{analyze.markdown(rates)}"
 
 
 def condition(out: Path) -> str:
-    """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and `arith`; a picture.
-    The largest gap is of 30 steps on end, picked by the pairs' mean: above 0 by noise alone. Geometry: of std."""
-    studies = {"0 of 3 digits": "letters/default"} | {f"{n} of 3 digits": f"overlap/{n}-of-3" for n in (1, 2, 3)}
+    """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and
+    `arith`; a picture. The largest gap is the mean of 30 steps on end, those where the mean over
+    the pairs is largest: by noise alone it would be above 0. The geometry is that of std."""
+    studies = {"0 of 3 digits": "letters/default"}
+    studies |= {f"{n} of 3 digits": f"overlap/{n}-of-3" for n in (1, 2, 3)}
     studies |= {"arith": "arith/default"}
     figure, rows = Figure(figsize=(12, 3.4), layout="constrained"), dict[str, dict[str, Any]]()
     curves, *axes = figure.subplots(1, 4, width_ratios=(2, 1, 1, 1))
-    colors, styles = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"], ["-", "--", "-.", ":", "-"]
-    curves.set_prop_cycle(color=colors, linestyle=styles)
+    colors = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"]
+    curves.set_prop_cycle(color=colors, linestyle=["-", "--", "-.", ":", "-"])
     for name, study in studies.items():
         runs = [run for run in whole_runs(out / study) if run.config["norm"] in ("std", "none")]
-        rates = pd.concat([run.log for run in runs]).pivot(index="step", columns=["norm", "seed"], values="rate")
+        logs = pd.concat([run.log for run in runs])
+        rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
         gaps = 100 * (rates["std"] - rates["none"]).dropna()  # points, a column a pair
         smooth = gaps.rolling(30).mean()
         widest = smooth.mean(axis=1).idxmax()
-        values: dict[str, Any] = {"gap, mean of all steps": analyze.mean_interval(gaps.mean())}
-        values |= {"largest gap of 30 steps": analyze.mean_interval(smooth.loc[widest]), "its last step": float(widest)}
-        values |= early_geometry([run for run in runs if run.config["norm"] == "std"])
+        row: dict[str, Any] = {"pairs": float(gaps.shape[1])}
+        row["gap, mean of all steps"] = analyze.mean_interval(gaps.mean())
+        row["largest gap of 30 steps"] = analyze.mean_interval(smooth.loc[widest])
+        row["its last step"] = float(widest)
+        row |= early_geometry([run for run in runs if run.config["norm"] == "std"])
         found = analyze.compare(runs, None)[0]
-        values |= {key: found["norms"]["std"][key] for key in ("speed-up", "predicted")}
-        rows[name] = {"pairs": float(gaps.shape[1])} | values | {"phases found": float(found["phases"]["found"])}
+        row |= {key: found["norms"]["std"][key] for key in ("speed-up", "predicted")}
+        rows[name] = row | {"phases found": float(found["phases"]["found"])}
         curves.plot(smooth.index - 15, smooth.mean(axis=1), label=name.split()[0])
     curves.axhline(0, color="grey", linewidth=0.5)
     curves.set(title="std − none, points (mean of 30 steps)", xlabel="step")
@@ -247,9 +279,8 @@ def condition(out: Path) -> str:
 
 
 def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
-    """What the expected gradient of a norm is, over that of the pass rate J, for groups of a size (0: no sampling).
-    `std`: E[sd / (J (1 - J))] over the binomial number of right completions.
-    """
+    """The expected gradient of a norm over that of the pass rate J, for groups of a size (0: no
+    sampling). With std it is E[sd / (J (1 - J))] over the binomial number of right completions."""
     J = np.clip(J, 1e-12, 1 - 1e-12)
     if norm == "none":
         return np.full_like(J, 1 - 1 / group if group else 1)
@@ -260,10 +291,12 @@ def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
     return (stats.binom.pmf(right, group, J[..., None]) * deviations).sum(-1) / (J * (1 - J))
 
 
-def exact_steps(norm: str, group: int, rate: float, spread: float, seeds: int = 8, most: int = 50_000) -> np.ndarray:
-    """Steps to a mean pass rate of 0.9 by expected gradients, for softmax policies over 6 actions of 8 prompts. [seeds]
-    spread: of the right action's initial logit over the prompts. NaN where it takes over `most`.
-    """
+def exact_steps(
+    norm: str, group: int, rate: float, spread: float, seeds: int = 8, most: int = 50_000
+) -> np.ndarray:
+    """Steps [seeds] to a mean pass rate of 0.9 by expected gradients, for softmax policies over the
+    6 actions of each of 8 prompts; NaN where it takes more than `most`. spread: of the right
+    action's initial logit over the prompts."""
     logits = np.random.default_rng(0).normal(0, 0.5, size=(seeds, 8, 6))
     logits[..., 0] -= np.linspace(0, spread, 8)
     steps = np.full(seeds, math.nan)
@@ -278,39 +311,50 @@ def exact_steps(norm: str, group: int, rate: float, spread: float, seeds: int = 
 
 
 def exact() -> str:
-    """Speed-up of std over none: median, least and largest of 8 starts. Each norm takes the step that the curvature
-    bound allows it: eta / sigma, or 2 eta for all prompts, as sigma is 1/2 at most."""
+    """Speed-up of std over none: median, least and largest of 8 starts. Each norm takes the steps
+    that the curvature bound allows it: eta / sigma, or 2 eta for all prompts, as sigma is at most
+    1/2."""
     rows: dict[str, dict[str, Any]] = {}
     for spread in (0, 2, 4, 6):
         row = rows[f"logits spread over {spread}"] = {}
         for group in (4, 16, 64, 0):
-            ratios = exact_steps("none", group, 0.5, spread) / exact_steps("std", group, 0.25, spread)
-            row[f"G = {group}" if group else "exact"] = [np.median(ratios), ratios.min(), ratios.max()]
+            none = exact_steps("none", group, 0.5, spread)
+            ratios = none / exact_steps("std", group, 0.25, spread)
+            name = f"G = {group}" if group else "exact"
+            row[name] = [np.median(ratios), ratios.min(), ratios.max()]
     return analyze.markdown(rows)
 
 
 def main() -> None:
     """The command line."""
-    plans = {plan.__name__: plan for plan in (letters, rates, norms, groups, overlap, arith, neighbours, model)}
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("study", choices=[*plans, "table", "condition", "exact"])
-    parser.add_argument("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores")
-    parser.add_argument("--model", help="of model: directory or hub name")
-    parser.add_argument("--svamp", type=Path, help="of model: JSONL file of SVAMP")
-    parser.add_argument("--lr", type=float, default=1e-5, help="of model")
-    parser.add_argument("--steps", type=int, default=150, help="of model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
+    studies = (letters, rates, norms, groups, overlap, arith, neighbours, model)
+    plans = {plan.__name__: plan for plan in studies}
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
+    add = parser.add_argument
+    add("study", choices=[*plans, "table", "condition", "exact"])
+    add("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
+    add("--jobs", type=int, default=2, help="runs at a time, which share the cores")
+    add("--model", help="of model: directory or hub name")
+    add("--svamp", type=Path, help="of model: JSONL file of SVAMP")
+    add("--lr", type=float, default=1e-5, help="of model")
+    add("--steps", type=int, default=150, help="of model")
+    add("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
     given = parser.parse_args()
-    reports = {"table": lambda: table(given.out), "condition": lambda: condition(given.out), "exact": exact}
+    reports = {"table": lambda: table(given.out), "condition": lambda: condition(given.out)}
+    reports["exact"] = exact
     if report := reports.get(given.study):
         print(report())
         return
     if given.study == "model" and not (given.model and given.svamp and given.svamp.is_file()):
         parser.error("model needs --model and --svamp FILE.jsonl")
     failed, folder = False, given.out / given.study
+
+    def make(entry: tuple[str, dict[str, Any]]) -> str:
+        return run(folder / entry[0], entry[1], given.jobs)
+
     with ThreadPoolExecutor(given.jobs) as pool:
-        for line in pool.map(lambda entry: run(folder / entry[0], entry[1], given.jobs), plans[given.study](given)):
+        for line in pool.map(make, plans[given.study](given)):
             print(line, flush=True)
             failed = failed or not line.endswith(("exit status 0", "there already"))
     sys.exit(failed)

@@ -1,14 +1,15 @@
-"""Make the embedded tasks: problems, and a small language model that solves some of them, sometimes.
+"""Make the embedded tasks: problems, and a small language model that sometimes solves some of them.
 
-    python benchmarks/make_tasks.py                          # assets/arith and assets/letters, about two minutes
-    python benchmarks/make_tasks.py --out DIR letters        # one of them, elsewhere
+    python benchmarks/make_tasks.py                       # assets/arith, assets/letters: 2 minutes
+    python benchmarks/make_tasks.py --out DIR letters     # one of them, elsewhere
 
-Each directory gets train.jsonl and test.jsonl (columns question and answer; no problem is in both) and model/ (float32,
-with its tokenizer). The problems come out the same byte for byte; the weights do up to rounding, which differs between
-machines.
+Each directory gets train.jsonl and test.jsonl (columns question and answer; no problem is in both)
+and model/ (float32, with its tokenizer). The problems come out the same byte for byte; the weights
+do up to rounding, which differs between machines.
 
-RL can only raise what is sampled already. So both models are trained here, by supervision, on solutions with slips:
-they have the skills and slip as often as their teacher did, as a pretrained model does.
+RL can only raise what is sampled already. So both models are trained here, by supervision, on
+solutions with slips: like a pretrained model they have the skills, and slip as often as their
+teacher did.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +38,11 @@ class Task(NamedTuple):
 
 
 def make_arith() -> Task:
-    """Three-digit sums, "047+085=" with the answer's units digit first, "2310": one skill, the carry, in every problem.
+    """Three-digit sums, the answer's units digit first, "047+085=" and "2310": every problem takes
+    one skill, the carry.
 
-    The solutions are those of somebody who forgets each carry with probability 1/2. There are four times as many as
-    problems to train on: of fewer the model would remember the slips.
+    The solutions are those of somebody who forgets each carry with probability 1/2. There are four
+    times as many of them as problems to train on: of fewer the model would remember the slips.
     """
     rng = np.random.default_rng(0)
     size = 1 << 15
@@ -58,7 +60,8 @@ def make_arith() -> Task:
     return Task(answers[: size // 4], answers[size:], solutions[:size])
 
 
-# letter: (what it adds to each digit, what a slip adds instead, how often the warm start's digits are right)
+# By letter: what it adds to each digit, what a slip adds instead, and how often a digit is right in
+# the warm start's solutions.
 LETTERS = {
     "a": (3, 7, 0.30),
     "b": (8, 1, 0.33),
@@ -70,40 +73,51 @@ LETTERS = {
 
 
 def make_letters(shared: int = 0) -> Task:
-    """Six skills of unequal difficulty, one a letter: "c+047=" asks for the digits of 047 with 1 added to each, "158".
+    """Six skills of unequal difficulty, one a letter: "c+047=" asks for the digits of 047 with 1
+    added to each, "158".
 
-    Sums are modulo 10. A slip adds another digit, the letter's too: all three digits are right with probability q^3,
-    from 0.03 to 0.91. The digits follow no pattern, so that the skills are separate: where every slip was 5 off, one
-    letter's gradient pointed against another's (cosines down to -0.6), and the hard letters were never learnt.
-    To the first `shared` digits every letter adds what "a" adds, or its slip, at its own rate: a skill in common.
+    Sums are modulo 10. A slip adds another digit, which is the letter's as well. All three digits
+    are right with probability q^3 if one is with q: from 0.03 to 0.91. The digits follow no
+    pattern, so that the skills are separate: when every slip was 5 off, one letter's gradient
+    pointed against another's (cosines down to -0.6), and the hard letters were never learnt.
+
+    To the first `shared` digits every letter adds what "a" adds, or its slip, at the letter's own
+    rate: a skill in common.
     """
     rng = np.random.default_rng(0)
     orders = [rng.permutation(1000).tolist() for _ in LETTERS]
     numbers = [f"{number:03}" for row in zip(*orders, strict=True) for number in row]
-    problems = list(zip([*LETTERS] * 1000, numbers, strict=True))  # letters in turn: as often in train as in test
+    # Letters in turn: as often in train as in test.
+    problems = list(zip([*LETTERS] * 1000, numbers, strict=True))
 
     def solve(letter: str, number: str, slips: bool) -> tuple[str, str]:
         *own, rate = LETTERS[letter]
         pairs = [LETTERS["a"][:2]] * shared + [own] * (3 - shared)
         added = [wrong if slips and rng.random() >= rate else right for right, wrong in pairs]
-        return f"{letter}+{number}=", "".join(str((int(d) + a) % 10) for d, a in zip(number, added, strict=True))
+        digits = [str((int(d) + a) % 10) for d, a in zip(number, added, strict=True)]
+        return f"{letter}+{number}=", "".join(digits)
 
     rows = [solve(*problem, False) for problem in problems]
-    solutions = [solve(*problem, True) for _ in range(24) for problem in problems[:-HELD_OUT]]  # slips anew each time
+    copies = problems[:-HELD_OUT] * 24  # each with slips of its own
+    solutions = [solve(*problem, True) for problem in copies]
     return Task(rows[:-HELD_OUT], rows[-HELD_OUT:], solutions)
 
 
 TASKS = {"arith": make_arith, "letters": make_letters}
-OVERLAPS = {f"letters-{shared}": partial(make_letters, shared) for shared in (1, 2, 3)}  # of experiment.py
+# Those of experiment.py.
+OVERLAPS = {f"letters-{shared}": partial(make_letters, shared) for shared in (1, 2, 3)}
 
 
 def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
-    """An untrained one-layer transformer of 133k parameters and a tokenizer whose tokens are characters."""
+    """An untrained one-layer transformer of 133k parameters, and a tokenizer whose tokens are
+    characters."""
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
     vocabulary = {token: i for i, token in enumerate(["<eos>", "<unk>", *characters])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))  # without merges: characters
+    # Without merges its tokens are characters.
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    names = dict(eos_token="<eos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     shape = GPT2Config(
         vocab_size=len(vocabulary),
         n_positions=128,
@@ -123,13 +137,17 @@ def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     return model, tokenizer
 
 
-def warm_start(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = 2000) -> None:
-    """Train the model in place: cross-entropy of the solutions' tokens, AdamW, batches of 64, linear decay to 0.
+def warm_start(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = 2000
+) -> None:
+    """Train the model in place: cross-entropy of the solutions' tokens, AdamW, batches of 64, and a
+    learning rate that falls linearly to 0.
 
-    All questions have one length, and all solutions: a batch needs no padding.
+    All questions have one length, and so have all solutions: a batch needs no padding.
     """
     prompts, solutions = (tokenizer(list(texts))["input_ids"] for texts in zip(*pairs, strict=True))
-    tokens = torch.tensor([[*p, *s, tokenizer.eos_token_id] for p, s in zip(prompts, solutions, strict=True)])
+    end = tokenizer.eos_token_id
+    tokens = torch.tensor([[*p, *s, end] for p, s in zip(prompts, solutions, strict=True)])
     labels = tokens.clone()
     labels[:, : len(prompts[0])] = -100  # not predicted
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1)
@@ -153,8 +171,9 @@ def make(name: str, out: Path) -> None:
     task, (model, tokenizer) = (TASKS | OVERLAPS)[name](), small_model()
     (out / "model").mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
-        rows = [{"question": question, "answer": answer} for question, answer in getattr(task, split)]
-        (out / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        rows = [dict(question=question, answer=answer) for question, answer in getattr(task, split)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
     warm_start(model, tokenizer, task.solutions)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
@@ -163,8 +182,10 @@ def make(name: str, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("tasks", nargs="*", choices=[[], *TASKS], metavar="task", help=f"of {', '.join(TASKS)}; all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "assets")
+    names, assets = ", ".join(TASKS), Path(__file__).resolve().parent.parent / "assets"
+    choices: Any = dict(choices=[[], *TASKS], metavar="task", help=f"of {names}; none: all of them")
+    parser.add_argument("tasks", nargs="*", **choices)
+    parser.add_argument("--out", type=Path, default=assets)
     args = parser.parse_args(arguments)
     for name in args.tasks or TASKS:
         make(name, args.out / name)

@@ -1,4 +1,5 @@
-"""Tests of make_tasks.py, warm_start.py and neighbours.py; `GRPO_SLOW=1 pytest` runs the slow ones too."""
+"""Tests of make_tasks.py, warm_start.py, neighbours.py and experiment.py; `GRPO_SLOW=1 pytest` runs
+the slow ones too."""
 
 import itertools
 import json
@@ -36,7 +37,8 @@ def rows(path):
 
 def load(path):
     """Model and tokenizer of a directory, as stored."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval(), AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    return model, AutoTokenizer.from_pretrained(path)
 
 
 def pass_rates(directory, problems, samples):
@@ -44,28 +46,29 @@ def pass_rates(directory, problems, samples):
     model, tokenizer = load(directory / "model")
     prompts = torch.tensor(tokenizer([row["question"] for row in problems])["input_ids"])
     right = np.zeros(len(problems))
+    plain = dict(do_sample=True, top_k=0, max_new_tokens=6, pad_token_id=0)
     torch.manual_seed(0)
     for _ in range(samples):
-        whole = model.generate(
-            prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=6, pad_token_id=0
-        )
+        whole = model.generate(prompts, attention_mask=torch.ones_like(prompts), **plain)
         texts = tokenizer.batch_decode(whole[:, prompts.shape[1] :], skip_special_tokens=True)
         right += [text == row["answer"] for text, row in zip(texts, problems, strict=True)]
     return right / samples
 
 
-# ---------------------------------------------------- the tasks ----------------------------------------------------
+# ------------------------------------------- the tasks --------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["arith", "letters"])
 def test_the_committed_problems_are_those_that_make_tasks_writes(task):
     made = make_tasks.TASKS[task]()
     for split in ("train", "test"):
-        stored = [(row["question"], row["answer"]) for row in rows(ASSETS / task / f"{split}.jsonl")]
-        assert stored == getattr(made, split)
-    assert len(made.test) == 512 and not {q for q, _ in made.test} & {q for q, _ in made.train + made.solutions}
+        stored = rows(ASSETS / task / f"{split}.jsonl")
+        assert [(row["question"], row["answer"]) for row in stored] == getattr(made, split)
+    held_out, seen = ({q for q, _ in part} for part in (made.test, made.train + made.solutions))
+    assert len(made.test) == 512 and not held_out & seen
     assert len({q for q, _ in made.train}) == len(made.train) > 5000
-    assert sum(file.stat().st_size for file in (ASSETS / task).rglob("*") if file.is_file()) <= 1_000_000
+    files = [file for file in (ASSETS / task).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 1_000_000
 
 
 def test_arith_answers_are_sums_and_half_of_the_carries_slip():
@@ -93,17 +96,20 @@ def test_letters_answers_add_the_letters_digit_and_slips_have_the_stated_rates()
         assert len(counts) == 6 and max(counts) - min(counts) <= 1
     added: dict[str, Counter] = {letter: Counter() for letter in make_tasks.LETTERS}
     for question, solution in task.solutions[:30000]:
-        added[question[0]].update((int(s) - int(d)) % 10 for s, d in zip(solution, question[2:5], strict=True))
+        digits = zip(solution, question[2:5], strict=True)
+        added[question[0]].update((int(s) - int(d)) % 10 for s, d in digits)
     for letter, (right, wrong, rate) in make_tasks.LETTERS.items():
         assert set(added[letter]) == {right, wrong}
-        assert added[letter][right] / added[letter].total() == pytest.approx(rate, abs=0.016)  # four standard errors
+        found = added[letter][right] / added[letter].total()
+        assert found == pytest.approx(rate, abs=0.016)  # four standard errors
 
 
 def test_the_letters_pass_rates_at_the_start_are_as_stated():
     problems = rows(ASSETS / "letters" / "test.jsonl")
     rates = pass_rates(ASSETS / "letters", problems, 4)
     for letter, (*_, rate) in make_tasks.LETTERS.items():
-        found = np.mean([p for p, row in zip(rates, problems, strict=True) if row["question"][0] == letter])
+        own = [row["question"][0] == letter for row in problems]
+        found = rates[own].mean()
         assert found == pytest.approx(rate**3, abs=0.08)  # 340 samples: up to three standard errors
 
 
@@ -119,7 +125,7 @@ def test_a_task_made_again_is_the_same(task, tmp_path):
     assert again == pytest.approx(committed, abs=0.03)
 
 
-# -------------------------------------------------- warm starts --------------------------------------------------
+# ------------------------------------------ warm starts -------------------------------------------
 
 SOLVED = [{"question": "ab"[: 1 + i % 2], "solution": "x" * (1 + i)} for i in range(5)]
 
@@ -135,15 +141,17 @@ def start(tmp_path):
 
 
 def test_a_warm_starts_loss_is_cross_entropy_over_solution_tokens(start):
-    losses = warm_start.main([*start, "--instruction", "{question}=", "--steps", "30", "--batch", "5", "--lr", "0.003"])
+    flags = "--instruction {question}= --steps 30 --batch 5 --lr 0.003"
+    losses = warm_start.main([*start, *flags.split()])
     model, tokenizer = load(start[0])
     naive = []
     for row in SOLVED:
-        prompt, solution = (tokenizer(text)["input_ids"] for text in (row["question"] + "=", row["solution"]))
+        texts = row["question"] + "=", row["solution"]
+        prompt, solution = (tokenizer(text)["input_ids"] for text in texts)
         logprobs = model(torch.tensor([prompt + solution])).logits[0].log_softmax(-1)
         targets = [*solution, tokenizer.eos_token_id]
         naive += [-logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(targets)]
-    assert losses[0] == pytest.approx(np.mean(naive), abs=1e-3)  # the trainer logs four digits or so
+    assert losses[0] == pytest.approx(np.mean(naive), abs=1e-3)  # four digits or so are logged
     assert len(losses) == 30 and losses[-1] < losses[0] / 2
 
 
@@ -152,15 +160,15 @@ def test_a_warm_start_leaves_a_model_in_the_wanted_type(start):
         start[2] += dtype
         warm_start.main([*start, "--steps", "1", *(["--dtype", dtype] if dtype else [])])
         model, tokenizer = load(start[2])
-        assert model.dtype == stored and tokenizer("a+1")["input_ids"] == load(start[0])[1]("a+1")["input_ids"]
+        assert model.dtype == stored
+        assert tokenizer("a+1")["input_ids"] == load(start[0])[1]("a+1")["input_ids"]
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_a_warm_starts_prompt_goes_through_the_chat_template(start, chat, tmp_path):
     tokenizer = make_tasks.small_model()[1]
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}~{% endif %}"
-    )
+    turns = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}~{% endif %}"
     args = warm_start.argparse.Namespace(instruction="Q {question}", chat=chat)
     row = warm_start.encode({"question": "1+1", "solution": "2"}, tokenizer, args)
     prompt = "<Q 1+1>~" if chat else "Q 1+1"
@@ -189,7 +197,8 @@ def test_a_warm_start_says_in_one_line_what_is_wrong(start, capsys, text, flags,
     with pytest.raises(SystemExit) as error:
         warm_start.main([*start, *flags])
     told = capsys.readouterr().err
-    assert error.value.code == 2 and re.fullmatch(r"warm_start\.py: error: .*\n", told) and said in told
+    assert error.value.code == 2 and said in told
+    assert re.fullmatch(r"warm_start\.py: error: .*\n", told)
     assert not Path(start[2]).exists()
 
 
@@ -200,18 +209,20 @@ def test_a_warm_start_overwrites_nothing_and_needs_its_inputs(start, capsys):
         assert error.value.code == 2 and "error" in capsys.readouterr().err
 
 
-# ---------------------------------------------------- neighbours.py --------------------------------------------------
+# ----------------------------------------- neighbours.py ------------------------------------------
 
 
 def test_vl_norm_weighs_by_the_length_to_the_minus_three_quarters():
     weights = neighbours.vl_norm_weights(torch.tensor([[1, 16], [81, 1]]), "sequence")
-    torch.testing.assert_close(weights, torch.tensor([[1, 1 / 8], [1 / 27, 1]]) / (2 + 1 / 8 + 1 / 27))
+    expected = torch.tensor([[1, 1 / 8], [1 / 27, 1]]) / (2 + 1 / 8 + 1 / 27)
+    torch.testing.assert_close(weights, expected)
 
 
 def test_normalized_sgd_steps_one_length_along_the_mean_of_gradients_and_not_at_zero():
     optimizer = neighbours.NormalizedSGD([x := torch.zeros(1), y := torch.ones(1)], lr=0.5)
     # Means of the gradients: (0, 0), (0.3, 0.4), (0, -1).
-    for gradients, expected in (((0, 0), (0, 1)), ((3, 4), (-0.3, 0.6)), ((-2.7, -13.6), (-0.3, 1.1))):
+    cases = ((0, 0), (0, 1)), ((3, 4), (-0.3, 0.6)), ((-2.7, -13.6), (-0.3, 1.1))
+    for gradients, expected in cases:
         x.grad, y.grad = (torch.tensor([float(g)]) for g in gradients)
         optimizer.step()
         assert (x.item(), y.item()) == pytest.approx(expected, abs=1e-6)
@@ -219,23 +230,30 @@ def test_normalized_sgd_steps_one_length_along_the_mean_of_gradients_and_not_at_
 
 def test_vespo_weighs_each_sequence_by_its_ratio():
     logprobs = torch.tensor([[-1.0, -2.0], [-1.0, 0.0], [-9.0, -9.0]], requires_grad=True)
-    old = torch.tensor([[-1.0, -2.0 - math.log(2)], [-1.0 - math.log(2), 0.0], [-9.0, -109.0]])  # W = 2, 2, e^100
+    shift = torch.tensor([[0.0, math.log(2)], [math.log(2), 0.0], [0.0, 100.0]])  # W = 2, 2, e^100
     advantages, weights = torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([[0.5], [0.25], [1.0]])
-    neighbours.vespo_loss(logprobs, old, advantages, weights, clip=0.0).backward()
-    phi = [2**2 * math.exp(3 * (1 - 2)), 2**3 * math.exp(2 * (1 - 2))]
-    torch.testing.assert_close(logprobs.grad, torch.tensor([[-0.5 * phi[0]] * 2, [0.25 * phi[1]] * 2, [0.0] * 2]))
+    for old, phi in (
+        (logprobs - shift, [2**2 * math.exp(3 * (1 - 2)), 2**3 * math.exp(2 * (1 - 2)), 0.0]),
+        (logprobs, [1.0, 1.0, 1.0]),  # a batch's first update is REINFORCE's
+    ):
+        loss = neighbours.vespo_loss(logprobs, old.detach(), advantages, weights, clip=0.0)
+        (found,) = torch.autograd.grad(loss, logprobs)
+        expected = -weights * advantages * torch.tensor(phi)[:, None]
+        torch.testing.assert_close(found, expected.expand(3, 2))
 
 
 @pytest.mark.parametrize("kl, rho", [(0.0, 0.96), (0.006, 2**-0.1), (9.0, 0.875)])
 def test_spo_remembers_each_prompt_and_forgets_as_the_policy_moves(monkeypatch, kl, rho):
     tracker = neighbours.Tracker()
     monkeypatch.setattr(tracker, "divergence", lambda group: kl)
-    tracker.groups = [SimpleNamespace(prompt=torch.tensor(prompt)) for prompt in ([1, 2], [3])]
+    groups = [SimpleNamespace(prompts=[prompt]) for prompt in ([1, 2], [3])]
+    monkeypatch.setattr(tracker, "groups", lambda: groups)
+    # Less the mean of the others; less 1/3 and 1; less (rho + 1) / (3 rho + 3) and rho / (1 + rho).
+    last = [x - rho / (1 + rho) for x in (0, 1, 0)]
     for rewards, raw in (
-        # Less the mean of the others; less 1/3 and 1; less (rho + 1) / (3 rho + 3) and rho / (1 + rho).
         ([[1, 0, 0], [1, 1, 1]], [[1, -0.5, -0.5], [0, 0, 0]]),
         ([[0, 0, 1], [0, 0, 0]], [[-1 / 3, -1 / 3, 2 / 3], [-1, -1, -1]]),
-        ([[1, 1, 0], [0, 1, 0]], [[2 / 3, 2 / 3, -1 / 3], [x - rho / (1 + rho) for x in (0, 1, 0)]]),
+        ([[1, 1, 0], [0, 1, 0]], [[2 / 3, 2 / 3, -1 / 3], last]),
     ):
         A = torch.tensor(raw, dtype=torch.float64)
         found = tracker.advantages(torch.tensor(rewards, dtype=torch.float64), "std")
@@ -245,17 +263,31 @@ def test_spo_remembers_each_prompt_and_forgets_as_the_policy_moves(monkeypatch, 
 def test_spo_measures_how_far_the_policy_has_moved():
     """k3 a token, exp(d) - d - 1 with d = now - then, of whole sequences without a cache."""
     config, tracker = grpo.Config(device="cpu", max_new_tokens=6), neighbours.Tracker()
-    policy = grpo.load_policy(config)
+    policy, T = grpo.load_policy(config), 0.7
     torch.manual_seed(0)
-    (group,) = tracker.rollout(policy, [[5, 6, 7, 8]], torch.rand(1, 4, 6), 1.0)
-    for parameter in policy.parameters:
+    batch = tracker.rollout(policy, [[5, 6, 7, 8], [9, 10]], torch.rand(2, 4, 6), T)
+    for parameter in policy.model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)
-    differences = []
-    for row, length, then in zip(group.tokens, group.lengths.tolist(), group.logprobs):
-        logits = policy.model(torch.cat([group.prompt, row[:length]])[None]).logits[0, -length - 1 : -1]
-        differences += (logits.log_softmax(-1)[range(length), row[:length]] - then[:length]).tolist()
-    d = np.array(differences)
-    assert np.abs(d).mean() > 0.1 and tracker.divergence(group) == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
+    policy.limits = (20, 10)  # several micro-batches
+    groups = tracker.groups()
+    assert [group.prompts for group in groups] == [[prompt] for prompt in batch.prompts]
+    for p, group in enumerate(groups):
+        differences = []
+        for g, length in enumerate(batch.lengths[p].tolist()):
+            row, then = (x[p, g, :length] for x in (batch.tokens, batch.logprobs))
+            whole = torch.tensor([[*batch.prompts[p], *row.tolist()]])
+            logits = policy.model(whole).logits[0, -length - 1 : -1] / T
+            differences += (logits.log_softmax(-1)[range(length), row] - then).tolist()
+        d = np.array(differences)
+        assert np.abs(d).mean() > 0.1
+        assert tracker.divergence(group) == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("flags, task", [({}, "letters"), (dict(data="rows.jsonl"), "math")])
+def test_a_neighbours_run_is_named_after_its_task_and_method(flags, task):
+    config = neighbours.Config(method="spo", seed=3, device="cpu", **flags)
+    assert config.task == task and config.out == f"runs/{task}-spo-std-3"
+    assert neighbours.Config(method="spo", device="cpu", out="here", **flags).out == "here"
 
 
 @slow
@@ -263,7 +295,8 @@ def test_spo_measures_how_far_the_policy_has_moved():
 def test_each_method_runs(method, tmp_path):
     lines = Path(grpo.TASKS["letters"].train).read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:12]))  # each is sampled twice and more
-    flags = f"--prompts 4 --group 4 --steps 8 --data {tmp_path}/few.jsonl --eval-problems 3 --out {tmp_path}/run"
+    flags = f"--task letters --data {tmp_path}/few.jsonl --eval-problems 3 --out {tmp_path}/run"
+    flags += " --prompts 4 --group 4 --steps 8"
     command = [sys.executable, neighbours.__file__, *method.split(), *flags.split()]
     subprocess.run(command, check=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"skipped": 0') == 8
@@ -271,16 +304,17 @@ def test_each_method_runs(method, tmp_path):
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
 
 
-# ---------------------------------------------------- experiment.py --------------------------------------------------
+# ----------------------------------------- experiment.py ------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["none", "std"])
 @pytest.mark.parametrize("group", [2, 4])
 def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
-    """One prompt with pass rate J = sigmoid(z), so dJ/dz = J (1 - J), and d log pi/dz is 1 - J or -J."""
+    """One prompt, pass rate J = sigmoid(z): dJ/dz = J (1 - J), and d log pi/dz is 1 - J or -J."""
     J, expected = 0.3, 0.0
     for rewards in itertools.product((0.0, 1.0), repeat=group):
         r = torch.tensor([rewards], dtype=torch.float64)
         terms = grpo.group_advantages(r, norm, eps=0.0) * (r - J)
         expected += float(terms.mean()) * math.prod(J if reward else 1 - J for reward in rewards)
-    assert experiment.family_scale(np.array([J]), group, norm) == pytest.approx([expected / (J * (1 - J))])
+    found = experiment.family_scale(np.array([J]), group, norm)
+    assert found == pytest.approx([expected / (J * (1 - J))])

@@ -1,18 +1,24 @@
 """Seconds and memory of a training step, here and in TRL's GRPOTrainer, on the same work.
 
     pip install trl
-    python benchmarks/vs_trl.py HuggingFaceTB/SmolLM2-135M-Instruct PROBLEMS.jsonl    # columns question and answer
-    python benchmarks/vs_trl.py tiny                                                  # the embedded arith, float32
-    python benchmarks/vs_trl.py MODEL PROBLEMS.jsonl --growth                         # ours alone, to 4 times P, G, T
+    python benchmarks/vs_trl.py MODEL PROBLEMS.jsonl              # columns question and answer
+    python benchmarks/vs_trl.py MODEL PROBLEMS.jsonl --prompts 16 --group 16 --new-tokens 8  # short
+    python benchmarks/vs_trl.py tiny                              # the embedded arith, float32
+    python benchmarks/vs_trl.py MODEL PROBLEMS.jsonl --growth     # ours alone, to 4 times P, G, T
 
-Both sides: P prompts x G completions of at most T tokens at temperature 1, AdamW, no KL term, one update a batch,
-the median of --steps steps after one that warms up, each side in a process of its own, one after the other. bfloat16
-means what each side does under that name: here bfloat16 weights with float32 masters, in TRL autocast. TRL without
-gradient checkpointing and with micro-batches of 8, which are its faster settings on a CPU.
+In the reported results MODEL is HuggingFaceTB/SmolLM2-135M-Instruct. With --measured there is a
+line for this program with geometry and probe in every step, too.
 
-The reward is a hash of the completion's text. A real one would favour this program, which spends nothing on a prompt
-whose completions were all rewarded alike: so every prompt has a gradient, on both sides. Memory is the peak of the
-whole process, start and saving included; on CUDA that of the device's allocations.
+Both sides: P prompts x G completions of at most T tokens at temperature 1, AdamW, no KL term, one
+update a batch; the median of --steps steps after one that warms up; each side in a process of its
+own, one after the other. bfloat16 means what each side does under that name: here bfloat16 weights
+with float32 masters, in TRL autocast. TRL runs without gradient checkpointing and with
+micro-batches of 8, which are its faster settings on a CPU.
+
+The reward is a hash of the completion's text, so that every prompt has a gradient on both sides. A
+real reward would favour this program, which spends nothing on a prompt whose completions were all
+rewarded alike. Memory is the peak of the whole process, start and saving included; on CUDA that of
+the device's allocations.
 """
 
 import argparse
@@ -46,6 +52,7 @@ def our_settings(args: argparse.Namespace, out: str = "") -> Any:
 
     every = int(args.side == "measured")
     return grpo.Config(
+        task="letters",  # what it would choose is given here, or as the reward
         model=args.model,
         data=args.data,
         instruction="{question}",
@@ -69,12 +76,13 @@ def run_ours(args: argparse.Namespace) -> list[float]:
 
     with tempfile.TemporaryDirectory() as out:
         grpo.train(our_settings(args, out), reward=reward)
-        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [line["seconds_rollout"] + line["seconds_update"] for line in lines if "seconds_update" in line]
+        log = (Path(out) / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, log) if "seconds_update" in line]
+    return [step["seconds_rollout"] + step["seconds_update"] for step in steps]
 
 
 def run_trl(args: argparse.Namespace) -> list[float]:
-    """Seconds of each step of GRPOTrainer, from the beginning of its rollout to the end of its update."""
+    """Seconds of each step of GRPOTrainer, from its rollout's start to its update's end."""
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -98,9 +106,11 @@ def run_trl(args: argparse.Namespace) -> list[float]:
     chat = AutoTokenizer.from_pretrained(args.model).chat_template
     settings = our_settings(args)
     problems, _ = grpo.load_problems(settings, None, reward)
-    order = [row for step in range(args.steps + 1) for row in grpo.prompt_rows(step, settings, len(problems))]
-    texts = [problems[row][0] for row in order]  # the prompts of our steps
-    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": x}] if chat else x} for x in texts])
+    texts: list[str] = []  # the prompts of our steps
+    for step in range(args.steps + 1):
+        texts += [problems[row][0] for row in grpo.prompt_rows(step, settings, len(problems))]
+    prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
+    rows = Dataset.from_dict({"prompt": prompts})
     batch, clock = args.prompts * args.group, Clock()
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
@@ -132,21 +142,25 @@ def child(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(args.threads)
     seconds = run_trl(args) if args.side == "trl" else run_ours(args)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, else kilobytes
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"seconds": seconds[1:], "peak": peak}))
 
 
 def run(side: str, args: argparse.Namespace, **changes: Any) -> Any:
-    """The result of one side in a process of its own. Exits with the last line it said where it fails."""
+    """The result of one side, in a process of its own. Where that fails, exits with the last line
+    that it said."""
     wanted = {**vars(args), **changes, "side": side}
     command = [sys.executable, __file__, wanted.pop("model"), wanted.pop("data")]
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in wanted.items() if key != "growth"]
+    for key in wanted.keys() - {"growth", "measured"}:
+        command.append(f"--{key.replace('_', '-')}={wanted[key]}")
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"vs_trl.py: error: {side}: {(done.stderr.strip() or str(done.returncode)).splitlines()[-1]}")
+        said = (done.stderr.strip() or str(done.returncode)).splitlines()[-1]
+        sys.exit(f"vs_trl.py: error: {side}: {said}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -157,18 +171,14 @@ def row(*cells: Any) -> None:
 
 def compare(args: argparse.Namespace, dtype: str) -> None:
     """The table's lines of one number format."""
-    sides = {side: run(side, args, dtype=dtype) for side in LABELS}
-    trl = sides["trl"]
-    for side, label in LABELS.items():
-        seconds, peak = statistics.median(sides[side]["seconds"]), sides[side]["peak"]
-        row(
-            dtype,
-            label,
-            f"{seconds:.3g}",
-            f"{statistics.median(trl['seconds']) / seconds:.2f}×",
-            f"{peak / 1e9:.2f} GB",
-            f"{peak / trl['peak']:.0%}",
-        )
+    chosen = [side for side in LABELS if side != "measured" or args.measured]
+    results = {side: run(side, args, dtype=dtype) for side in chosen}
+    theirs = results["trl"]
+    for side, result in results.items():
+        seconds, peak = statistics.median(result["seconds"]), result["peak"]
+        speed = f"{statistics.median(theirs['seconds']) / seconds:.2f}×"
+        memory = f"{peak / 1e9:.2f} GB", f"{peak / theirs['peak']:.0%}"
+        row(dtype, LABELS[side], f"{seconds:.3g}", speed, *memory)
 
 
 def growth(args: argparse.Namespace, dtype: str) -> None:
@@ -177,15 +187,12 @@ def growth(args: argparse.Namespace, dtype: str) -> None:
     row(*["---"] * 7)
     once = run("ours", args, dtype=dtype)
     for key in ("prompts", "group", "new_tokens"):
-        results = [once, *(run("ours", args, dtype=dtype, **{key: getattr(args, key) * k}) for k in (2, 4))]
+        size = getattr(args, key)
+        results = [once, *(run("ours", args, dtype=dtype, **{key: size * k}) for k in (2, 4))]
         first, *more = (statistics.median(result["seconds"]) for result in results)
-        row(
-            dtype,
-            f"{key} {getattr(args, key)}",
-            f"{first:.3g}",
-            *(f"{seconds / first:.2f}" for seconds in more),
-            *(f"{results[i]['peak'] / 1e9:.2f} GB" for i in (0, 2)),
-        )
+        ratios = [f"{seconds / first:.2f}" for seconds in more]
+        peaks = [f"{results[i]['peak'] / 1e9:.2f} GB" for i in (0, 2)]
+        row(dtype, f"{key} {size}", f"{first:.3g}", *ratios, *peaks)
 
 
 def processor() -> str:
@@ -198,19 +205,23 @@ def processor() -> str:
 
 
 def main() -> None:
+    layout = argparse.RawDescriptionHelpFormatter
     cli = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=layout
     )
-    cli.add_argument("model", help="'tiny', a directory, or a hub name")
-    cli.add_argument("data", nargs="?", default="", help="JSONL file with question and answer; not for tiny")
+    add, dtypes = cli.add_argument, ["bfloat16", "float32"]
+    add("model", help="'tiny', a directory, or a hub name")
+    add("data", nargs="?", default="", help="JSONL file with question and answer; not for tiny")
     for flag, text in (("prompts", "P"), ("group", "G"), ("new-tokens", "longest completion")):
-        cli.add_argument(f"--{flag}", type=int, default=0, help=f"{text}; 0: the embedded default's, else 8, 8, 64")
-    cli.add_argument("--steps", type=int, default=3, help="measured steps, after one that warms up")
-    cli.add_argument("--micro", type=int, default=8, help="completions of one training pass in TRL")
-    cli.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
-    cli.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both", help="tiny: always float32")
-    cli.add_argument("--growth", action="store_true", help="measure how our cost grows, instead of the comparison")
-    cli.add_argument("--side", choices=[*LABELS], help=argparse.SUPPRESS)
+        usual = "0: 16, 16, 6 for tiny, else 8, 8, 64"
+        add(f"--{flag}", type=int, default=0, help=f"{text}; {usual}")
+    add("--steps", type=int, default=3, help="timed steps, after one that warms up")
+    add("--micro", type=int, default=8, help="completions of one training pass in TRL")
+    add("--threads", type=int, default=os.cpu_count(), help="of torch")
+    add("--dtype", choices=[*dtypes, "both"], default="both", help="tiny: always float32")
+    add("--measured", action="store_true", help="also this program with all measured, every step")
+    add("--growth", action="store_true", help="how our cost grows, instead of the comparison")
+    add("--side", choices=[*LABELS], help=argparse.SUPPRESS)
     args = cli.parse_args()
     if (args.model == "tiny") == bool(args.data) and not args.side:
         cli.error("a model comes with a JSONL file of problems, and tiny without one")
@@ -218,20 +229,19 @@ def main() -> None:
         cli.error(f"there is no file {args.data}")
     if args.side:
         return child(args)
-    usual = (16, 16, 6) if args.model == "tiny" else (8, 8, 64)
-    args.prompts, args.group, args.new_tokens = (
-        given or default for given, default in zip((args.prompts, args.group, args.new_tokens), usual, strict=True)
-    )
-    dtypes = ["bfloat16", "float32"] if args.dtype == "both" else [args.dtype]
+    P, G, T = (16, 16, 6) if args.model == "tiny" else (8, 8, 64)
+    args.prompts, args.group = args.prompts or P, args.group or G
+    args.new_tokens = args.new_tokens or T
+    dtypes = dtypes if args.dtype == "both" else [args.dtype]
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl")]
     print(
-        f"{args.model}, {args.prompts} prompts × {args.group} completions of at most {args.new_tokens} tokens; "
-        f"{processor()}, {args.threads} threads; Python {platform.python_version()}, "
-        + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-        + "\n"
+        f"{args.model}, {args.prompts} prompts × {args.group} completions of at most "
+        f"{args.new_tokens} tokens; {processor()}, {args.threads} threads; "
+        f"Python {platform.python_version()}, {', '.join(versions)}\n"
     )
     if args.model == "tiny":
-        assets = Path(__file__).resolve().parent.parent / "assets" / "arith"
-        args.model, args.data, dtypes = str(assets / "model"), str(assets / "train.jsonl"), ["float32"]
+        assets, dtypes = Path(__file__).resolve().parent.parent / "assets" / "arith", ["float32"]
+        args.model, args.data = str(assets / "model"), str(assets / "train.jsonl")
     if args.growth:
         growth(args, dtypes[0])
         return
