@@ -38,7 +38,6 @@ advantage_scale, gradient_geometry with pair_cosines).
 """
 
 import inspect
-import itertools
 import json
 import math
 import os
@@ -470,29 +469,25 @@ def rollout(policy, prompts, uniforms, temperature):
     model, device = policy.model, policy.model.device
     P, G, T = uniforms.shape
     uniforms, ends = uniforms.view(P * G, T).to(device), torch.tensor(policy.eos_ids, device=device)
-    copies = torch.arange(P).repeat_interleave(G)
+    rows = torch.arange(P * G, device=device)  # those that still run
     # Hidden states are large, and of no use in an evaluation.
-    mask, cache, logits, features = encode_prompts(policy, prompts, copies, model, hidden=G > 1)
-    tokens, lengths = torch.zeros(P * G, T, dtype=torch.long, device=device), mask[:, 0] * 0
+    mask, cache, logits, features = encode_prompts(policy, prompts, rows // G, model, hidden=G > 1)
+    tokens, lengths = torch.zeros(P * G, T, dtype=torch.long, device=device), torch.zeros_like(rows)
     logprobs, entropy = torch.zeros(2, P * G, T, device=device)
-    ended = lengths > 0
-    rows = torch.arange(P * G, device=device)  # of the batch, those that still run
     for t in range(T):
-        drawn, *values = sample_tokens(logits, uniforms[rows, t], temperature)
-        tokens[rows, t], logprobs[rows, t], entropy[rows, t] = drawn, *values
-        lengths[rows] += ~ended[rows]
-        ended[rows] |= torch.isin(drawn, ends)
-        running = (~ended[rows]).nonzero()[:, 0]
-        if len(running) < 0.9 * len(rows):  # which copies the cache: not for every row that ends
+        drawn, logprob, nats = sample_tokens(logits, uniforms[rows, t], temperature)
+        tokens[rows, t], logprobs[rows, t], entropy[rows, t] = drawn, logprob, nats
+        lengths[rows] += 1
+        running = (~torch.isin(drawn, ends)).nonzero()[:, 0]
+        if len(running) < len(rows):
             rows, drawn, mask = rows[running], drawn[running], mask[running]
             cache.reorder_cache(running)
         if t + 1 == T or len(rows) == 0:
             break
         mask = pad(mask, (0, 1), value=1)
         logits = extend(model, drawn[:, None], mask, cache).logits[:, -1]
-    inside = torch.arange(T, device=device) < lengths[:, None]
-    tokens, logprobs, entropy = (x.where(inside, 0) for x in (tokens, logprobs, entropy))
-    columns = (tokens, lengths, logprobs, entropy, ~ended)
+    truncated = torch.isin(torch.arange(P * G, device=device), rows)
+    columns = (tokens, lengths, logprobs, entropy, truncated)
     return Batch(prompts, features.cpu(), *(x.cpu().unflatten(0, (P, G)) for x in columns))
 
 
