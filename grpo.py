@@ -34,7 +34,7 @@ prompt's gradient, how orthogonal the prompts are, and the curvature along their
 Read it from top to bottom: mathematics, model, rollout, gradient, measurement, `train`. What comes
 after `train` are its tools: answers, data, files, processes, the command line. The functions under
 "Mathematics" need torch and their arguments alone, so copy them (group_advantages comes with
-advantage_scale, gradient_geometry with pair_cosines).
+advantage_scale, gradient_geometry with pair_cosines, directional_curvature with square).
 """
 
 import inspect
@@ -46,8 +46,8 @@ import signal
 import sys
 import threading
 import time
-from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections import defaultdict, namedtuple
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
@@ -61,10 +61,16 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.linalg import vector_norm
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils import clip_grad_norm_
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+)
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.utils import logging as transformers_logging
@@ -197,16 +203,14 @@ def sample_tokens(logits, uniforms, temperature):
     logits: [N, V]; uniforms: [N] in [0, 1), a token each; temperature 0 takes the most likely
     token. Returns tokens, their log-probabilities and the distributions' entropies, [N] each, in
     nats (at temperature 0 those of 1)."""
-    scaled = logits.to(torch.float32, copy=True).div_(temperature or 1.0)  # [N, V]
-    lowest = torch.finfo(torch.float32).min  # so that 0 * log 0 is 0
-    logprobs = scaled.log_softmax(dim=-1).clamp_(min=lowest)
-    probs = torch.exp(logprobs, out=scaled)
-    cumulative = probs.cumsum(dim=-1)
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(dim=1)  # [N, V]
+    probs = logprobs.exp()
+    cumulative = probs.cumsum(dim=1)
     # Rounding leaves the last cumulative value a little off 1: the target is a share of that value.
     target = uniforms[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    tokens = tokens.clamp(max=logits.shape[-1] - 1) if temperature else logits.argmax(dim=-1)
-    entropy = -torch.linalg.vecdot(probs, logprobs)
+    tokens = tokens.clamp(max=logits.shape[1] - 1) if temperature else logits.argmax(dim=1)
+    entropy = torch.special.entr(probs).sum(dim=1)  # 0 where the probability is
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy
 
 
@@ -217,11 +221,12 @@ def count_sketch(tensors, signs, size):
     vectors' sketches the inner product is unbiased, its deviation about |a| |b| / sqrt(size); with
     a prime size also where the large entries lie in columns of a matrix."""
     sums, start = torch.zeros(size, device=signs.device), 0
-    for part in (part for x in tensors for part in x.detach().flatten().split(256 * size)):
-        signed, start = part * signs[start : start + len(part)], start + len(part)
-        before = (start - len(part)) % size  # zeros that bring the part's first entry to its sum
-        padded = torch.nn.functional.pad(signed.float(), (before, -(before + len(part)) % size))
+    for part in (x.flatten() for x in tensors):
+        signed = part.float() * signs[start : start + len(part)]
+        before = start % size  # zeros that bring the part's first entry to its sum
+        padded = torch.nn.functional.pad(signed, (before, -(before + len(part)) % size))
         sums += padded.view(-1, size).sum(dim=0)
+        start += len(part)
     return sums
 
 
@@ -258,6 +263,12 @@ def gradient_geometry(gram, half_products, group):
     return {"n_gradients": count, **{name: float(value) for name, value in values.items()}}
 
 
+def square(tensors):
+    """|v|^2 of tensors taken as one vector -> float. In float64: torch's float32 norm of 10^8
+    numbers is off by a percent on a CPU."""
+    return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
+
+
 def directional_curvature(sequence_logprobs, parameters, direction, advantages, slope):
     """Curvature v'Hv, in reward / parameter^2, of the sequence-level surrogate mean(A * pi_new(y) /
     pi(y)) along v = direction / |direction|, by forward passes alone: at the sampling policy the
@@ -267,9 +278,7 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
     fast the log-probabilities change along v. The second difference is over a step that changes
     them by 0.03 to 0.1 (root mean square, within a factor of 2). NaN where no such step is found,
     or rounding would blur the result."""
-    # In float64: torch's float32 norm of 10^8 numbers is off by a percent on a CPU.
-    squares = [torch.linalg.vector_norm(v, dtype=torch.float64) ** 2 for v in direction.values()]
-    length = float(sum(squares)) ** 0.5
+    length = square(direction.values()) ** 0.5
     if not 0 < length < float("inf"):
         return float("nan")
     if not advantages.any():
@@ -290,7 +299,9 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
             if wanted / 2 < size < wanted * 2:
                 break
             step *= min(max(wanted / max(size, 1e-30), 1e-3), 1e3)
-        if not wanted / 2 < size < wanted * 2 or rounding > 0.1 * size**2:
+        else:
+            return float("nan")
+        if rounding > 0.1 * size**2:
             return float("nan")
         behind = logprobs_at(-step) - start
         # expm1 keeps the digits that exp loses next to 1.
@@ -307,27 +318,32 @@ class Policy:
     model: Any
     tokenizer: Any
     eos_ids: list[int]  # any of them ends a completion
-    trained: dict[str, Tensor]  # the model's parameters that are trained, by name
+    trained: dict[str, Any]  # the model's parameters that are trained, by name
     masters: dict[str, Tensor]  # the same in float32: the parameters themselves if they are
     limits: tuple[int, int] = (4096, 4096)  # of a micro-batch: tokens, completion tokens
     guard: Callable = nullcontext  # a context that a model needs which writes in place
 
     def publish(self) -> None:
-        """Copy the masters into the working weights, so that rollout and training see one policy."""
+        """Copy the masters into the working weights: rollout and training see one policy."""
         for name, parameter in self.trained.items():
             parameter.data.copy_(self.masters[name])
 
 
 def load_policy(config):
     """The start policy. Raises InputError for a model that cannot be loaded or has no end token."""
-    path, dtype = (
+    path, dtype, cuda = (
         config.model or TASKS[config.task].model,
-        weights_dtype(config.dtype, config.device),
+        config.dtype,
+        "cuda" in config.device,
     )
+    if dtype == "auto":
+        dtype = "bfloat16" if cuda else "float32"
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if config.device == "cpu" and model.config._attn_implementation == "sdpa":
+        if not cuda and model.config._attn_implementation == "sdpa":
             AttentionInterface.register("grouped", grouped_attention)
             AttentionMaskInterface.register("grouped", eager_mask)
             model.set_attn_implementation("grouped")
@@ -336,15 +352,11 @@ def load_policy(config):
             import peft
 
             torch.manual_seed(0)  # the same start for every norm, seed and process
-            adapters = peft.LoraConfig(
-                r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"
-            )
-            model = peft.get_peft_model(model, adapters)
+            rank, layers = dict(r=config.lora, lora_alpha=2 * config.lora), "all-linear"
+            model = peft.get_peft_model(model, peft.LoraConfig(**rank, target_modules=layers))
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
-    model.to(
-        config.device
-    ).eval()  # with dropout another distribution would be trained than sampled
+    model.to(config.device).eval()  # dropout would train another distribution than is sampled
     ends = getattr(model.generation_config, "eos_token_id", None)  # None, one id, or several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     ends |= end_of_turn(tokenizer) if config.chat else set()
@@ -353,7 +365,7 @@ def load_policy(config):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in trained.items()}
     # A micro-batch holds its logits and their gradient: on a GPU there is room for some gigabytes.
-    most = (1 << (28 if "cuda" in config.device else 25)) // vocabulary
+    most = (1 << (28 if cuda else 25)) // vocabulary
     limits = (config.micro_batch or 4096, config.micro_batch or min(4096, most))
     return Policy(model, tokenizer, sorted(ends), trained, masters, limits)
 
@@ -373,17 +385,13 @@ def end_of_turn(tokenizer):
 
 
 def grouped_attention(module, query, key, value, mask, scaling=None, **options):
-    """Attention by two matrix products, the query heads of a key head as further queries of it;
-    faster on CPUs. query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T,
-    N], added. Returns [B, T, H, D]."""
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("attention that is no plain softmax")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query.unflatten(1, (key.shape[1], -1)) * scaling  # [B, K, H/K, T, D]
-    scores = (grouped.flatten(2, 3) @ key.transpose(2, 3)).unflatten(2, grouped.shape[2:4])
-    probs = (scores + mask[:, :, None]).softmax(dim=-1)  # [B, K, H/K, T, N]
-    output = (probs.flatten(2, 3) @ value).reshape(*query.shape[:3], -1)
-    return output.transpose(1, 2).contiguous(), None
+    """Attention with the query heads of a key head as further queries of it, which is faster on
+    CPUs. query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N],
+    added. Returns [B, T, H, D]."""
+    queries = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, K, H/K * T, D]
+    mask = mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
+    output = scaled_dot_product_attention(queries, key, value, mask, scale=scaling)
+    return output.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
 
 
 def with_weights(model, weights):
@@ -391,12 +399,16 @@ def with_weights(model, weights):
     return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
 
 
+# What models call their cache: another name from transformers 5.24 on.
+CACHE = max({"cache", "past_key_values"} & {*inspect.signature(GPT2LMHeadModel.forward).parameters})
+
+
 def extend(forward, tokens, mask, cache, **options):
     """The model's output for further tokens [n, t] of n rows, whose past is in the cache.
     mask: [n, past + t], 0 where a row is padded on the left, so before its position 0."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    inputs = dict(attention_mask=mask, position_ids=positions, past_key_values=cache)
-    return forward(tokens, **inputs, use_cache=True, **options)
+    inputs = {"attention_mask": mask, "position_ids": positions, CACHE: cache, "use_cache": True}
+    return forward(tokens, **inputs, **options)
 
 
 def encode_prompts(policy, prompts, copies, forward, hidden=False):
@@ -404,10 +416,9 @@ def encode_prompts(policy, prompts, copies, forward, hidden=False):
     copies: [n] which prompt a completion continues. Returns, for `extend`, mask [n, width] and
     cache, the logits [n, V] of the first tokens, and the mean over each prompt's tokens of the last
     hidden states [prompts, D], where they are asked for and there are any."""
-    device, width = policy.model.device, max(map(len, prompts))
-    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids, mask = torch.tensor([ids, mask], device=device)  # [prompts, width]
+    device, tokens = policy.model.device, [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(tokens, True, -1, padding_side="left").to(device)  # [prompts, width]
+    mask, ids = (ids >= 0).long(), ids.clamp(min=0)
     cache, copies = DynamicCache(config=policy.model.config), copies.to(device)
     # The last logits, by index: a slice's strided view makes torch copy the output layer a prompt.
     last = torch.tensor([-1], device=device)
@@ -426,7 +437,7 @@ ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
 
 
 def prompt_rows(step, config, problems):
-    """The step's P rows of the problems: in a seeded order, a new one each time they are used up."""
+    """The step's P rows of the problems: in a seeded order, a new one each time all are used."""
     first = step * config.prompts
     slots = (divmod(slot, problems) for slot in range(first, first + config.prompts))
 
@@ -455,11 +466,11 @@ class Batch:
     logprobs: Tensor  # [P, G, T] of the tokens, nats
     entropy: Tensor  # [P, G, T] of the distributions that they were drawn from, nats
     truncated: Tensor  # [P, G] bool: no end token within T
+    old_logprobs: Tensor  # [P, G, T] as first trained on, for the importance ratio; NaN before
     rewards: Any = None  # [P, G]; this and what follows are known later
     advantages: Any = None  # [P, G]
     scale: Any = None  # [P] what a prompt's centred rewards are multiplied by
     weights: Any = None  # [P, G] what each token's term counts
-    old_logprobs: Any = None  # [P, G, T] as first trained on, for the importance ratio; else NaN
 
 
 @torch.no_grad()
@@ -487,26 +498,25 @@ def rollout(policy, prompts, uniforms, temperature):
         mask = pad(mask, (0, 1), value=1)
         logits = extend(model, drawn[:, None], mask, cache).logits[:, -1]
     truncated = torch.isin(torch.arange(P * G, device=device), rows)
-    columns = (tokens, lengths, logprobs, entropy, truncated)
+    columns = (tokens, lengths, logprobs, entropy, truncated, logprobs * math.nan)
     return Batch(prompts, features.cpu(), *(x.cpu().unflatten(0, (P, G)) for x in columns))
 
 
 def score(policy, batch, problems, reward):
-    """Set the batch's rewards; returns the completions' texts [P][G], without special tokens.
-    Raises RunError, naming the completion, for a reward that fails or is no finite number."""
-    texts, batch.rewards = [], torch.zeros(batch.lengths.shape, dtype=torch.float64)
-    for p, problem in enumerate(problems):
-        lengths = batch.lengths[p].tolist()
-        tokens = [row[:length] for row, length in zip(batch.tokens[p].tolist(), lengths)]
-        texts.append(policy.tokenizer.batch_decode(tokens, skip_special_tokens=True))
-        for g, text in enumerate(texts[p]):
-            try:
-                batch.rewards[p, g] = value = float(reward(text, problem.answer))
-                if not math.isfinite(value):
-                    raise ValueError("not a finite number")
-            except Exception as error:
-                case = f"{text=}, answer={problem.answer!r}"
-                raise RunError(f"the reward failed: {error!r}, {case}") from error
+    """Set the batch's rewards; returns the texts [P * G] of its completions, without special
+    tokens. Raises RunError, naming the completion, for a reward that fails or is not finite."""
+    G, lengths = batch.lengths.shape[1], batch.lengths.flatten().tolist()
+    tokens = [row[:n] for row, n in zip(batch.tokens.flatten(0, 1).tolist(), lengths)]
+    texts, rewards = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True), []
+    for row, text in enumerate(texts):
+        answer = problems[row // G].answer
+        try:
+            rewards.append(float(reward(text, answer)))
+            if not math.isfinite(rewards[-1]):
+                raise ValueError("not a finite number")
+        except Exception as error:
+            raise RunError(f"the reward failed: {error!r}, {text=}, {answer=}") from error
+    batch.rewards = torch.tensor(rewards, dtype=torch.float64).view_as(batch.lengths)
     return texts
 
 
@@ -535,7 +545,7 @@ def evaluate(policy, problems, mine, size, reward, config):
     columns = dict(zip(names, torch.cat([pass_rates(both), both.mean(dim=1)]).tolist()))
     samples = [
         {"question": x.question, "completion": text, "answer": x.answer, "reward": value}
-        for x, (text,), value in zip(problems[:4], texts, both[1].tolist())
+        for x, text, value in zip(problems[:4], texts, both[1].tolist())
     ]
     return columns, samples
 
@@ -548,7 +558,8 @@ def split_rows(batch, rows, limits):
     copy of its prompt counted, and limits[1] tokens of completions; or of one completion. Prompts
     come in order of their longest completion, and a prompt's completions one after the other."""
     G, lengths = batch.lengths.shape[1], batch.lengths.flatten().tolist()
-    longest, parts, width, length = batch.lengths.amax(dim=1).tolist(), [], 0, 0
+    longest, width, length = batch.lengths.amax(dim=1).tolist(), 0, 0
+    parts: list[list[int]] = []
     for row in sorted(rows, key=lambda row: (-longest[row // G], row // G, -lengths[row])):
         size = len(batch.prompts[row // G])
         width, length = max(width, size), max(length, lengths[row])  # that all are padded to
@@ -570,20 +581,20 @@ def completion_logprobs(policy, batch, rows, config, forward=None):
     own, copies = (torch.tensor(rows) // G).unique(return_inverse=True)
     prompts = [batch.prompts[p] for p in own]
     mask, cache, logits, _ = encode_prompts(policy, prompts, copies, forward)
-    logprobs = token_logprobs(logits, tokens[:, 0], config.temperature)[:, None]
+    logits = logits[:, None]
     if tokens.shape[1] > 1:  # the last one leads to no other
         mask = pad(mask, (0, tokens.shape[1] - 1), value=1)
-        logits = extend(forward, tokens[:, :-1], mask, cache).logits  # [n, T-1, V]
-        later = token_logprobs(logits.flatten(0, 1), tokens[:, 1:].flatten(), config.temperature)
-        logprobs = torch.cat([logprobs, later.view(len(rows), -1)], dim=1)
+        later = extend(forward, tokens[:, :-1], mask, cache).logits
+        logits = torch.cat([logits, later], dim=1)  # [n, T, V]
+    logprobs = token_logprobs(logits.flatten(0, 1), tokens.flatten(), config.temperature)
     inside = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return torch.where(inside.to(device), logprobs, 0.0)
+    return torch.where(inside.to(device), logprobs.view_as(tokens), 0.0)
 
 
 def loss_gradient(policy, batch, rows, config, reference=None):
     """The gradient of the loss of some rows of the batch, a tensor for each trained parameter.
     reference: the forward of the KL term's policy, or None. Sets the rows' old_logprobs."""
-    gradient = None
+    gradient: Any = None
     for part in split_rows(batch, rows, policy.limits):
         with policy.guard():
             logprobs = completion_logprobs(policy, batch, part, config)  # [n, T]
@@ -615,47 +626,35 @@ SMALL = 1_000_000  # trained parameters up to which gradients are kept whole and
 SKETCH = 65_537  # numbers kept of larger ones, a prime
 
 
-def square(tensors):
-    """|v|^2 of tensors taken as one vector; in float64, as in directional_curvature."""
-    return sum(float(vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
-
-
-def measure_half(policy, batch, rows, part, signs, config, probe):
-    """What one half of a prompt's completions says. part: its part of the update's gradient.
-    The half's own gradient is that of the expected reward: uphill, the mean over the half of
-    leave-one-out advantages * grad log pi. signs: of count_sketch, or None: vectors stay whole.
-    Returns `vector`, and of probe steps columns of prompts.jsonl and `score`, the sum of grad log
-    pi over G."""
+def measure_half(policy, batch, rows, part, signs, config, probe, found):
+    """Append to the lists in `found`, by name, what one half of a prompt's completions says.
+    part: its part of the update's gradient. The half's own gradient is that of the expected reward:
+    uphill, the mean over the half of leave-one-out advantages * grad log pi. signs: of
+    count_sketch, or None: vectors stay whole. The second half adds the Fisher proxy of all."""
     G, n, rewards = batch.lengths.shape[1], len(rows), batch.rewards.flatten()[rows]
     p = rows[0] // G
     scaled = float(batch.scale[p] * batch.weights[p, 0])  # 0 if all rewards are equal
     # That is divided out; leave-one-out advantages are G/(G-1) times those to the group's mean.
     own = [x.float() * (-G / (G - 1) / n / scaled if scaled else 0.0) for x in part]
-    vector = (
-        torch.cat([x.flatten() for x in own]) if signs is None else count_sketch(own, signs, SKETCH)
-    )
+    small = signs is None
+    vector = torch.cat([x.flatten() for x in own]) if small else count_sketch(own, signs, SKETCH)
+    found["vector"].append(vector.cpu())
     if not probe:
-        return {"vector": vector.cpu()}
+        return
+    direction = dict(zip(policy.masters, own))
+    found["curvature"].append(probe_curvature(policy, batch, rows, direction, config))
+    found["reward_std_half"].append(rewards.std(correction=0))
+    found["pass_rate_half"].append(pass_rates(rewards[None])[0])
+    # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
     alike = torch.ones_like(batch.weights)
     plain = replace(batch, advantages=-alike, weights=alike / G)
     score = loss_gradient(policy, plain, rows, config)
-    return {
-        "vector": vector.cpu(),
-        "curvature": probe_curvature(policy, batch, rows, dict(zip(policy.masters, own)), config),
-        "reward_std_half": rewards.std(correction=0),
-        "pass_rate_half": pass_rates(rewards[None])[0],
-        # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
-        "fisher_half": G**2 / n * square(score),
-        "score": score,
-    }
-
-
-def join_halves(A, B, G):
-    """Measurements of a prompt from those of its halves: pairs, and the Fisher proxy of all."""
-    found = {name: [A[name], B[name]] for name in A if name != "score"}
-    if "score" in A:
-        found["fisher"] = G * square([a.float() + b for a, b in zip(A["score"], B["score"])])
-    return found
+    found["fisher_half"].append(G**2 / n * square(score))
+    first = found.pop("score", None)
+    if first is None:
+        found["score"] = score
+    else:
+        found["fisher"].append(G * square([a.float() + b for a, b in zip(first, score)]))
 
 
 def probe_curvature(policy, batch, rows, direction, config):
@@ -666,20 +665,19 @@ def probe_curvature(policy, batch, rows, direction, config):
     G, own = batch.lengths.shape[1], batch.rewards.flatten()[rows]
     p = rows[0] // G
     others = [row for row in range(p * G, p * G + G) if row not in rows]
-    rewards, n = batch.rewards.flatten()[others], len(others)
-    if n < 2 or own.max() == own.min():
+    if len(others) < 2 or own.max() == own.min():
         return math.nan
+    parts, n = split_rows(batch, others, policy.limits), len(others)
+    rewards = batch.rewards.flatten()[sum(parts, [])]
     # All weights in float32: a second difference drowns in bfloat16.
     weights = {
         name: x.float() for name, x in policy.model.named_parameters() if not x.requires_grad
     }
 
     def sequence_logprobs(parameters):
-        forward, found = with_weights(policy.model, weights | parameters), torch.zeros(n).double()
-        for part in split_rows(batch, others, policy.limits):
-            logprobs = completion_logprobs(policy, batch, part, config, forward)
-            found[[others.index(row) for row in part]] = logprobs.double().sum(1).cpu()
-        return found
+        forward = with_weights(policy.model, weights | parameters)
+        found = (completion_logprobs(policy, batch, part, config, forward) for part in parts)
+        return torch.cat([logprobs.double().sum(dim=1).cpu() for logprobs in found])
 
     # The gradient is a mean of advantage * grad log pi: over the rewards' deviation it is about as
     # large as grad log pi is along it.
@@ -688,22 +686,22 @@ def probe_curvature(policy, batch, rows, direction, config):
     return directional_curvature(sequence_logprobs, policy.masters, direction, advantages, slope)
 
 
-def describe_measured(found, scale, G, geometry):
+def describe_measured(found, features, scale, G, geometry):
     """The measurements' part of the step's log line, and of its prompts' lines by column.
-    found: join_halves of all P prompts, with their `feature`."""
-    line, columns = {}, {}
-    if "curvature" in found[0]:
-        names = found[0].keys() - {"vector", "feature"}
-        columns = {name: [each[name] for each in found] for name in names}
-        line["curvature"] = torch.tensor(columns["curvature"], dtype=torch.float64).nanmean()
+    found: what measure_half left, two entries a prompt; features [P][D], scale [P] of all."""
+    vectors, line = torch.stack(found["vector"]).double(), {}  # [2P, D]
+    names = ("curvature", "reward_std_half", "pass_rate_half", "fisher_half")
+    columns = {k: [*zip(found[k][::2], found[k][1::2])] for k in names if k in found}
+    if columns:
+        columns["fisher"] = found["fisher"]
+        line["curvature"] = torch.tensor(found["curvature"], dtype=torch.float64).nanmean()
     if geometry:
-        P, n, m = len(found), (G + 1) // 2, G // 2
-        vectors = torch.stack([each["vector"][half] for half in (0, 1) for each in found]).double()
-        (AA, AB), (BA, BB) = ((rows @ vectors.T).split(P, dim=1) for rows in vectors.split(P))
-        gram = (n * n * AA + n * m * (AB + BA) + m * m * BB) / G**2  # [P, P]
+        n, m, products = (G + 1) // 2, G // 2, vectors @ vectors.T  # [2P, 2P]
+        AA, AB, BB = products[::2, ::2], products[::2, 1::2], products[1::2, 1::2]
+        gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / G**2  # [P, P]
         lengths = gram.diagonal().sqrt()
         line |= gradient_geometry(gram, AB.diagonal(), G)
-        x = torch.stack([each["feature"] for each in found]).double()
+        x = torch.stack(features).double()
         for name, y in (("feature_cos", x), ("feature_cos_centered", x - x.mean(dim=0))):
             line[name] = pair_cosines(y @ y.T).abs().mean()
         columns |= {"grad_norm": lengths, "grad_sq_signal": AB.diagonal() / (1 + 1 / (G - 1) ** 2)}
@@ -716,7 +714,7 @@ def describe_measured(found, scale, G, geometry):
 # ------------------------- train: the algorithm, in the order it happens --------------------------
 
 
-def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequence[int] = ()):
+def train(config, dataset=None, reward=None, stop=()):
     """Run a training from start policy to saved model; everything it leaves lies in config.out.
     dataset: problems with columns question and answer instead of the task's own; reward(completion,
     answer) -> float instead of the task's; stop: once a signal's number is in it, the run ends
@@ -740,11 +738,10 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
     first = {name: x.detach().clone() for name, x in policy.trained.items() if config.kl}
     reference = torch.no_grad()(with_weights(policy.model, first)) if first else None
     geometry_every, probe_every, signs = config.geometry_every, config.probe_every, None
-    measurable = config.agg != "mean" and not config.kl  # else the loss has another gradient
     if geometry_every < 0:
-        geometry_every = (1 if trained <= SMALL else 25) * measurable
+        geometry_every = 1 if trained <= SMALL else 25
     if probe_every < 0:
-        probe_every = (10 if trained <= SMALL else 25) * measurable
+        probe_every = 10 if trained <= SMALL else 25
     if trained > SMALL and (geometry_every or probe_every):
         seeded = torch.Generator(config.device).manual_seed(0)
         signs = torch.randint(2, (trained,), generator=seeded, device=config.device).char() * 2 - 1
@@ -760,7 +757,7 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
         print(
             f"{config.task}: {len(problems):,} problems, reward {name}, at most "
             f"{config.max_new_tokens} new tokens; norm {config.norm}, {config.optimizer} at "
-            f"{config.lr:g}, {trained:,} trained parameters, {policy.model.dtype} on {config.device}"
+            f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
 
     for step in range(start, config.steps + 1):
@@ -772,8 +769,8 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
             name = signal.Signals(number).name
             raise RunError(f"{name}: the same command with --resume goes on", 128 + number)
         evaluation = {}
-        due = config.eval_every and step % config.eval_every == 0
-        if step in (0, config.steps) or due:
+        every = config.eval_every or math.inf
+        if step in (0, config.steps) or step % every == 0:
             evaluation, samples = evaluate(policy, held_out, mine_held_out, size, reward, config)
             if rank == 0:
                 append(out / LOGS[2], [{"step": step} | sample for sample in samples])
@@ -789,10 +786,10 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
         # Rollout and rewards.
         batch = rollout(policy, [problem.prompt for problem in own], uniforms, config.temperature)
         score(policy, batch, own, reward)
-        sums = batch.entropy.sum(2), batch.logprobs.sum(2)
-        own_columns = batch.rewards, batch.lengths, batch.truncated, *sums  # [P', G]
-        columns = (torch.cat(gather([column])).double() for column in own_columns)
-        rewards, lengths, truncated, entropy, logprobs = columns  # [P, G] of all processes
+        own_columns = batch.rewards, batch.lengths, batch.truncated, batch.entropy.sum(2)  # [P', G]
+        rewards, lengths, truncated, entropy = (  # [P, G] of all processes
+            torch.cat(gather([column])).double() for column in own_columns
+        )
         sampled = time.perf_counter()
 
         # Advantages: here REINFORCE (none) and GRPO (std) part, and nowhere else.
@@ -800,40 +797,38 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
         weights = token_weights(lengths, config.agg)  # [P, G]
         scale = advantage_scale(rewards, config.norm)[:, 0]  # [P], for the measurements
         batch.advantages, batch.weights, batch.scale = advantages[mine], weights[mine], scale[mine]
-        batch.old_logprobs = torch.full_like(batch.logprobs, math.nan)
 
         # Gradient: a sum over parts of the batch, of micro-batches or, where they are measured, of
         # halves of the groups. Without advantage there is none, unless there is KL.
         geometry, probe = (e > 0 and step % e == 0 for e in (geometry_every, probe_every))
         active = [row for row, A in enumerate(batch.advantages.flatten()) if A or reference]
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
-        grad_norms, found = [], []
+        grad_norms, found = [], defaultdict(list)  # type: ignore[var-annotated]
         for epoch in range(config.epochs):
-            gradient = [torch.zeros_like(master) for master in masters]
+            for master in masters:
+                master.grad = torch.zeros_like(master)
             measured = (geometry or probe) and epoch == 0
-            parts = split_rows(batch, active, policy.limits)
-            if measured:  # 0 to h, h to G, G to G + h, ...
-                edges = [p * G + h for p in range(len(mine)) for h in (0, (G + 1) // 2)]
-                parts = map(range, edges, [*edges[1:], len(mine) * G])
+            parts: Any = split_rows(batch, active, policy.limits)
+            if measured:
+                halves = (0, (G + 1) // 2), ((G + 1) // 2, G)
+                firsts = range(0, len(mine) * G, G)
+                parts = [range(row + a, row + b) for row in firsts for a, b in halves]
             for rows in parts:
-                part = loss_gradient(
-                    policy, batch, [row for row in rows if row in active], config, reference
-                )
-                for total, new in zip(gradient, part):
-                    total += new
+                mixed = [row for row in rows if row in active]
+                part = loss_gradient(policy, batch, mixed, config, reference)
+                for master, new in zip(masters, part):
+                    master.grad += new
                 if measured:
-                    found.append(measure_half(policy, batch, rows, part, signs, config, probe))
-            for master, total in zip(masters, gradient):
-                if size > 1:
-                    collective(dist.all_reduce, total)
-                master.grad = total
+                    measure_half(policy, batch, rows, part, signs, config, probe, found)
+            for master in masters if size > 1 else []:
+                collective(dist.all_reduce, master.grad)
             grad_norm = float(clip_grad_norm_(masters, limit))
-            grad_norms.append(grad_norm if logprobs.isfinite().all() else math.nan)
+            grad_norms.append(grad_norm if entropy.isfinite().all() else math.nan)
             if math.isfinite(grad_norms[-1]):
                 optimizer.step()
                 policy.publish()
             optimizer.zero_grad()
-            gradient = part = total = new = None  # a rollout needs the memory
+            part = new = None  # a rollout needs the memory
         updated = time.perf_counter()
 
         # Log: a line speaks of the policy before this step's update.
@@ -849,7 +844,7 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
             "entropy": entropy.sum() / lengths.sum(),
             "length": lengths.mean(),
             "truncated": truncated.mean(),
-            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "grad_norm": np.mean(grad_norms),
             "clipped": any(grad_norm > limit for grad_norm in grad_norms),
             "skipped": sum(not math.isfinite(grad_norm) for grad_norm in grad_norms),
             "logprob_gap": max(gather([float(gaps.max())])),
@@ -861,9 +856,9 @@ def train(config: Config, dataset: Any = None, reward: Any = None, stop: Sequenc
         columns = {"step": [step] * P, "prompt": ids, "pass_rate": rates}
         columns |= {"reward_std": std, "scale": scale}
         if geometry or probe:
-            pairs = zip(batch.features, found[::2], found[1::2])
-            joined = [{"feature": x, **join_halves(A, B, G)} for x, A, B in pairs]
-            more_line, more_columns = describe_measured(gather(joined), scale, G, geometry)
+            of_all = {name: gather(values) for name, values in found.items()}
+            features = gather([*batch.features])
+            more_line, more_columns = describe_measured(of_all, features, scale, G, geometry)
             line, columns = line | more_line, columns | more_columns
         if rank == 0:
             append(out / LOGS[0], [line | evaluation])
@@ -931,7 +926,7 @@ def marked_answer(text):
     return ""
 
 
-def grade(completion: str, answer: str) -> float:
+def grade(completion, answer):
     r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception.
     The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last
     number: there "3/4" is a fraction, "1.5e3" is 1500, and a minus counts where it touches the
@@ -946,10 +941,7 @@ def grade(completion: str, answer: str) -> float:
         return 0.0
     numbers = NUMBER.fullmatch(given), NUMBER.fullmatch(answer)
     if all(numbers):
-        a, b = (
-            Fraction(sign + digits.replace(",", ""))
-            for sign, digits in map(re.Match.groups, numbers)
-        )
+        a, b = (Fraction("".join(found.groups()).replace(",", "")) for found in numbers if found)
         return float(a == b)
     if given == answer or BOMB.search(given) or BOMB.search(answer):
         return float(given == answer)
@@ -964,7 +956,7 @@ def grade(completion: str, answer: str) -> float:
         return 0.0
 
 
-def exact_match(completion: str, answer: str) -> float:
+def exact_match(completion, answer):
     """1.0 if the completion is the answer, character by character, else 0.0."""
     return float(completion == answer)
 
@@ -973,26 +965,40 @@ def exact_match(completion: str, answer: str) -> float:
 Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
 Problem = namedtuple("Problem", "question answer prompt")  # the prompt in the model's tokens
 QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
-GSM8K = "openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN
-MATH = (
-    "DigitalLearningGmbH/MATH-lighteval:default:train",
-    "HuggingFaceH4/MATH-500:default:test",
-    QWEN,
-)
-LAST_LINE = (
-    "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
-)
+LAST_LINE = "{question}\nReason step by step, then give the answer as a number, last line: #### N"
 BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
 HERE = f"{Path(__file__).resolve().parent}/assets"
-LETTERS, ARITH = (
-    [f"{HERE}/{name}/{part}" for part in ("train.jsonl", "test.jsonl", "model")]
-    for name in ("letters", "arith")
-)
 TASKS = {
-    "letters": Task(*LETTERS, exact_match, 6, 2e-4, "{question}"),
-    "arith": Task(*ARITH, exact_match, 6, 3e-4, "{question}"),
-    "gsm8k": Task(*GSM8K, grade, 512, 1e-6, LAST_LINE),
-    "math": Task(*MATH, grade, 1024, 1e-6, BOXED),
+    "letters": Task(
+        f"{HERE}/letters/train.jsonl",
+        f"{HERE}/letters/test.jsonl",
+        f"{HERE}/letters/model",
+        exact_match,
+        6,
+        2e-4,
+        "{question}",
+    ),
+    "arith": Task(
+        f"{HERE}/arith/train.jsonl",
+        f"{HERE}/arith/test.jsonl",
+        f"{HERE}/arith/model",
+        exact_match,
+        6,
+        3e-4,
+        "{question}",
+    ),
+    "gsm8k": Task(
+        "openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN, grade, 512, 1e-6, LAST_LINE
+    ),
+    "math": Task(
+        "DigitalLearningGmbH/MATH-lighteval:default:train",
+        "HuggingFaceH4/MATH-500:default:test",
+        QWEN,
+        grade,
+        1024,
+        1e-6,
+        BOXED,
+    ),
 }
 COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
@@ -1008,20 +1014,17 @@ def load_rows(source, graded, raw=None):
             raw = load_dataset(path, *hub[:-1], split=hub[-1]) if hub else Dataset.from_json(path)
     except Exception as error:  # what datasets raises has no common class
         raise InputError(f"cannot load {source}: {error} {OFFLINE}") from error
-    question, answer = ([n for n in names if n in raw.column_names] for names in COLUMNS)
-    if not question or not answer or not len(raw):
+    found = [next((n for n in names if n in raw.column_names), "") for names in COLUMNS]
+    if not all(found) or not len(raw):
         columns = f"no column of each of {COLUMNS} in {raw.column_names}"
         raise InputError(f"{source}: no rows, or {columns}")
     rows = []
-    for number, row in enumerate(raw, 1):
-        asked, text = (
-            row[question[0]],
-            "" if row[answer[0]] is None else str(row[answer[0]]).strip(),
-        )
-        final = marked_answer(text) or ("" if answer[0] == "solution" else text)
+    for number, (asked, answer) in enumerate(zip(*(raw[name] for name in found)), 1):
+        text = "" if answer is None else str(answer).strip()
+        final = marked_answer(text) or ("" if found[1] == "solution" else text)
         usable = isinstance(asked, str) and asked.strip() and final
         if not usable or graded and not grade(f"\\boxed{{{final}}}", final):
-            missing = f"no {question[0]}, or no {answer[0]} to grade: {text[-60:]!r}"
+            missing = f"no {found[0]}, or no {found[1]} to grade: {text[-60:]!r}"
             raise InputError(f"{source}, row {number}: {missing}")
         rows.append((asked, final))
     return rows
@@ -1057,22 +1060,21 @@ def encode_problems(rows, policy, config):
         if len(prompt) + config.max_new_tokens > context:
             size = f"{len(prompt)} tokens and new ones exceed the context of {context}"
             raise InputError(f"{size}: {text[:40]!r}")
-    return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]
+    return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]  # type: ignore[call-arg]
 
 
 def check_model(policy, prompt, config):
     """Raises InputError for a model that rollout and training cannot use, or do not take for one
     distribution. Finds out whether it writes in place what a gradient needs: torch then has a
     context that keeps a copy."""
-    refusal = (
-        f"model {config.model or config.task} ({policy.model.config.model_type}) cannot be used"
-    )
-    endless, apart = replace(policy, eos_ids=[-1]), []
+    name = f"{config.model or config.task} ({policy.model.config.model_type})"
+    refusal = f"model {name} cannot be used"
+    limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
     for T in (2, 8):  # some layers have a way of their own for a single token
+        endless = replace(policy, eos_ids=[-1])
         uniforms = torch.full((1, 2, min(T, config.max_new_tokens)), 0.5)
         try:
             batch = rollout(endless, [prompt], uniforms, config.temperature)
-            batch.old_logprobs = torch.full_like(batch.logprobs, math.nan)
             batch.advantages = batch.weights = torch.ones(1, 2)
             try:
                 loss_gradient(policy, batch, [0, 1], config)
@@ -1082,9 +1084,9 @@ def check_model(policy, prompt, config):
         except Exception as error:  # whatever another kind of model raises
             reason = "no place for its state" if isinstance(error, IndexError) else error
             raise InputError(f"{refusal}: going on from a DynamicCache failed: {reason}") from error
-        apart.append(float((batch.old_logprobs - batch.logprobs).abs().max()))
-    if not max(apart) <= (1e-3 if policy.model.dtype == torch.float32 else 0.5):  # rounding; no NaN
-        raise InputError(f"{refusal}: rollout and training differ by {max(apart):.2g} nats")
+        apart = float((batch.old_logprobs - batch.logprobs).abs().max())
+        if not apart <= limit:  # nor NaN
+            raise InputError(f"{refusal}: rollout and training differ by {apart:.2g} nats")
 
 
 # ------------------------ Files of a run, processes, and the command line -------------------------
@@ -1104,7 +1106,7 @@ def append(path, rows):
 def save_checkpoint(config, policy, optimizer, step):
     """One safetensors file with masters, optimizer state and the logs' sizes; replaces the previous
     one atomically."""
-    out, tensors = Path(config.out), {}
+    out, tensors = Path(config.out), {}  # type: ignore[var-annotated]
     path = out / CHECKPOINT
     for name, master in policy.masters.items():
         parts = {"weights": master.detach(), **optimizer.state[master]}
@@ -1128,22 +1130,21 @@ def save_checkpoint(config, policy, optimizer, step):
 def load_checkpoint(config, policy, optimizer, rank):
     """Restore weights, optimizer and logs as they were; returns the next step. Raises InputError,
     with nothing changed on disk, for a torn file, another model or settings, and lost log lines."""
-    out, path = Path(config.out), Path(config.out) / CHECKPOINT
+    out = Path(config.out)
+    path = out / CHECKPOINT
     try:
         with safe_open(path, "pt", device=config.device) as file:
             state = json.loads(file.metadata()["state"])
-            then, now = state["config"], asdict(config)
-            for settings in (then, now):  # `auto` used to be stored as what it meant then
-                if settings.get("dtype") == "auto":
-                    settings["dtype"] = weights_dtype("auto", config.device)
-            differ = {
-                k: (v, now[k]) for k, v in then.items() if k not in MAY_CHANGE and v != now[k]
-            }
+            then = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
+            then, now = asdict(replace(config, **then)), asdict(config)  # settled in one way
+            pairs = {name: (then[name], now[name]) for name in now if then[name] != now[name]}
+            differ = {name: pair for name, pair in pairs.items() if "auto" not in pair}
             if differ:
                 raise ValueError(f"other settings, then and now: {differ}")
             if state["step"] > config.steps:
-                made = f"{state['step']} steps are made already"
-                raise ValueError(f"{made}, more than --steps {config.steps}")
+                raise ValueError(
+                    f"{state['step']} steps are made already, above --steps {config.steps}"
+                )
             for name, size in state["logs"].items():
                 if (out / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
@@ -1151,7 +1152,7 @@ def load_checkpoint(config, policy, optimizer, rank):
             for name, master in policy.masters.items():
                 parts = {kind: file.get_tensor(f"{kind}.{name}") for kind in kinds}
                 master.data.copy_(parts.pop("weights").view_as(master))
-                optimizer.state |= {master: parts} if parts else {}
+                optimizer.state[master] = parts
     except Exception as error:  # whatever a damaged file makes safetensors and torch raise
         raise InputError(f"cannot resume from {path}: {error}") from error
     policy.publish()
@@ -1190,11 +1191,6 @@ def gather(part):
     return sum(parts, [])
 
 
-def weights_dtype(dtype, device):
-    """The type of the working weights: what `auto` means on a device."""
-    return dtype if dtype != "auto" else "bfloat16" if "cuda" in device else "float32"
-
-
 def settle(config):
     """Check the settings, and fill in what depends on others. Raises InputError."""
     least = {"group": 2, "geometry_every": -1, "probe_every": -1, "temperature": 1e-3}
@@ -1206,8 +1202,10 @@ def settle(config):
         low = least.get(name, 0)
         if isinstance(value, (int, float)) and not low <= value < math.inf:
             raise InputError(f"{name} is {value}, not a number from {low} on")
-    if max(config.geometry_every, config.probe_every) > 0 and (config.agg == "mean" or config.kl):
-        raise InputError("agg mean and kl leave nothing to measure: the loss has another gradient")
+    if config.agg == "mean" or config.kl:
+        if max(config.geometry_every, config.probe_every) > 0:
+            raise InputError("with agg mean or kl the loss has another gradient than is measured")
+        config.geometry_every = config.probe_every = 0
     config.task = config.task or ("math" if config.model or config.data else "letters")
     task = TASKS[config.task]
     config.instruction = config.instruction or task.instruction
@@ -1230,11 +1228,11 @@ def main(arguments=None):
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     about = dict(prog="grpo.py", description=str(__doc__).splitlines()[0])
-    parser = HfArgumentParser(Config, allow_abbrev=False, **about)
+    parser = HfArgumentParser(Config, allow_abbrev=False, **about)  # type: ignore[arg-type]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    parser.error = lambda message: parser.exit(2, f"grpo.py: error: {message}\n")
+    parser.error = lambda text: parser.exit(2, f"grpo.py: error: {text}\n")  # type: ignore
     received = []
 
     def note(number, _):

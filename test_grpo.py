@@ -1,13 +1,14 @@
 """Tests of grpo.py and analyze.py. `pytest` runs the quick ones, `GRPO_SLOW=1 pytest` all of them.
 
-Every expected value is worked out by hand, by another library, or by the naive computation that the code avoids.
+Every expected value is worked out by hand, by another library, or by the naive computation that the
+code avoids.
 """
 
 import inspect
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
@@ -51,36 +53,31 @@ LETTERS = grpo.TASKS["letters"]
 transformers.AttentionInterface.register("grouped", grpo.grouped_attention)
 transformers.AttentionMaskInterface.register("grouped", grpo.eager_mask)
 
-# ------------------------------------------------- models and groups -------------------------------------------------
+# --------------------------------------- models and groups ----------------------------------------
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
 SIZES |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=0)
-SHARED = SIZES | dict(
-    intermediate_size=64, num_key_value_heads=2
-)  # two query heads share a key head
+SHARED = SIZES | dict(intermediate_size=64, num_key_value_heads=2)  # two query heads for a key head
 WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
-MODELS = {  # absolute positions; rotary ones; scaled or capped logits; experts; a window shorter than a prompt
+GRANITE = SHARED | dict(logits_scaling=3.0, attention_multiplier=0.2)
+NEO = SIZES | dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4)
+# Absolute positions; rotary ones; scaled or capped logits; experts; windows shorter than a prompt.
+MODELS = {
     "gpt2": (transformers.GPT2Config, SIZES),
     "opt": (transformers.OPTConfig, SIZES | dict(ffn_dim=64, word_embed_proj_dim=32)),
     "llama": (transformers.LlamaConfig, SHARED),
     "mixtral": (transformers.MixtralConfig, SHARED | dict(num_local_experts=4)),
-    "granite": (
-        transformers.GraniteConfig,
-        SHARED | dict(logits_scaling=3.0, attention_multiplier=0.2),
-    ),
+    "granite": (transformers.GraniteConfig, GRANITE),
     "cohere": (transformers.CohereConfig, SHARED | dict(logit_scale=0.3)),
     "gemma2": (transformers.Gemma2Config, SHARED | WINDOW),
-    "gpt-neo": (
-        transformers.GPTNeoConfig,
-        SIZES | dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4),
-    ),
+    "gpt-neo": (transformers.GPTNeoConfig, NEO),
     "mamba": (transformers.MambaConfig, SIZES),  # no keys and values: cannot be used
 }
 PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
 
 
 def make_model(kind: str, vocab_size: int = 23, attention: str = ""):
-    """A random transformer, far from uniform: distributions with a shape, and positions that matter."""
+    """A random transformer, far from uniform: distributions with a shape, positions that matter."""
     torch.manual_seed(0)
     config, sizes = MODELS[kind]
     model = AutoModelForCausalLM.from_config(config(vocab_size=vocab_size, **sizes)).eval()
@@ -135,10 +132,8 @@ def naive_logprobs(forward, batch: Batch, temperature: float = 1.0) -> list[list
 
 
 def naive_loss(now, old, reference, batch: Batch, agg: str, clip: float = 0.2, kl: float = 0.0):
-    """The batch's loss written out, a completion at a time, from the log-probabilities [P][G] of
-    three policies."""
-    (P, G), loss = batch.lengths.shape, 0.0
-    total = int(batch.lengths.sum())
+    """The loss written out by completion, from three policies' log-probabilities [P][G]."""
+    (P, G), loss, total = batch.lengths.shape, 0.0, int(batch.lengths.sum())
     for p, g in itertools.product(range(P), range(G)):
         ratio, A = (now[p][g] - old[p][g].detach()).exp(), float(batch.advantages[p, g])
         terms = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -158,7 +153,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def naive_forward(model, theta: dict[str, torch.Tensor]):
-    """The plain model's forward at the trained weights theta, adapters merged into the weights that they adapt."""
+    """The plain model's forward at trained weights theta, adapters merged into what they adapt."""
     weights = {name: value for name, value in theta.items() if "lora" not in name}
     for name in (name for name in theta if "lora_B" in name):
         target = name.removeprefix("base_model.model.").replace("lora_B.default.", "")
@@ -168,7 +163,7 @@ def naive_forward(model, theta: dict[str, torch.Tensor]):
     return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
 
 
-# ---------------------------------------------------- mathematics -----------------------------------------------------
+# ------------------------------------------ mathematics -------------------------------------------
 
 
 def geometry(f, vectors, signal=1.0):
@@ -178,20 +173,18 @@ def geometry(f, vectors, signal=1.0):
 
 
 def curvature(f, slope=1.0, v=(5.0, 0.0), A=(1.0, 2.0, -0.5), logprobs=None):
-    c, d = (
-        torch.tensor([1.0, -2.0, 3.0]),
-        torch.tensor([0.5, 0.0, -4.0]),
-    )  # log pi = c t + d t^2 / 2 along v
+    c, d = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -4.0]])  # log pi = c t + d t^2 / 2 along v
     logprobs = logprobs or (lambda p: c * p["a"][0] + d * p["a"][0] ** 2 / 2 - 1)
     return f(logprobs, {"a": torch.zeros(2)}, {"a": torch.tensor(v)}, torch.tensor(A), slope)
 
 
-# A call, and its value worked out by hand.
+# A call, and its value worked out by hand; a line that is indented goes on.
 BY_HAND = """
 advantage_scale(T([[1.0, 0, 0, 0, 0], [1] * 5]), "std", 0.1) -> [[2], [0]]
 group_advantages(T([[1.0, 0, 0, 0, 0]]), "none") -> [[0.8, -0.2, -0.2, -0.2, -0.2]]
 # integers and booleans
-group_advantages(T([[1, 0, 0, 0, 0], [2, 1, 1, 1, 1]]), "std", 0.0) -> [[2, -0.5, -0.5, -0.5, -0.5]] * 2
+group_advantages(T([[1, 0, 0, 0, 0], [2, 1, 1, 1, 1]]), "std", 0.0)
+  -> [[2, -0.5, -0.5, -0.5, -0.5]] * 2
 group_advantages(T([[True, False, False, False, False]]), "var", 0.04) -> [[4, -1, -1, -1, -1]]
 advantage_scale(T([[3, 1]]), "batch", 0.0) -> [[1]]
 group_advantages(T([[1.0, 0, 0, 0, 0]]), "std", 0.0) -> [[2, -0.5, -0.5, -0.5, -0.5]]
@@ -204,26 +197,36 @@ group_advantages(T([[0.1] * 12] * 2), "batch", 0.0) -> [[0] * 12] * 2
 token_weights(T([[1, 3], [4, 2]]), "sequence") -> [[1 / 4] * 2] * 2
 token_weights(T([[1, 3], [4, 2]]), "mean") -> [[1 / 4, 1 / 12], [1 / 16, 1 / 8]]
 token_weights(T([[1, 3], [4, 2]]), "token") -> [[1 / 10] * 2] * 2
-# ratios 2 (A = 1: clipped to 1.2), 2 (A = -1: not), 1/2 (A = 1: not, twice the weight), 1/2 (A = -1: clipped to 0.8)
-policy_loss(log(T([2, 2, 0.5, 0.5])), T([0.0] * 4), T([1, -1, 1, -1]), T([1, 1, 2, 1]), 0.2) -> 2 + 0.8 - 1.2 - 1
+# ratios 2 (A = 1: clipped to 1.2), 2 (A = -1: not), 1/2 (A = 1: not, twice the weight), 1/2
+# (A = -1: clipped to 0.8)
+policy_loss(log(T([2, 2, 0.5, 0.5])), T([0.0] * 4), T([1, -1, 1, -1]), T([1, 1, 2, 1]), 0.2)
+  -> 2 + 0.8 - 1.2 - 1
 # ratios 1, 2, 1/2 to what was sampled from; the reference has log-probability 0
-k3_divergence(log(T([1, 2, 0.5])), T([0.0] * 3), T([0.0] * 3)) -> [0, 2 * ln(2) - 1, (1 - ln(2)) / 2]
+k3_divergence(log(T([1, 2, 0.5])), T([0.0] * 3), T([0.0] * 3))
+  -> [0, 2 * ln(2) - 1, (1 - ln(2)) / 2]
 # logits 0 and log 3: probabilities 1/4 and 3/4, at temperature 1/2 1/10 and 9/10
 token_logprobs(log(T([[1, 3.0]] * 2)), T([1, 0]), 1.0) -> [ln(0.75), ln(0.25)]
 token_logprobs(log(T([[1, 3.0]] * 2)), T([1, 0]), 0.5) -> [ln(0.9), ln(0.1)]
-sample_tokens(log(T([[1, 3.0]] * 2)), T([0.2, 0.3]), 1.0) -> [0, 1], [ln(0.25), ln(0.75)], [ln(4) - 0.75 * ln(3)] * 2
+sample_tokens(log(T([[1, 3.0]] * 2)), T([0.2, 0.3]), 1.0)
+  -> [0, 1], [ln(0.25), ln(0.75)], [ln(4) - 0.75 * ln(3)] * 2
 sample_tokens(log(T([[1, 3.0]])), T([0.0]), 0.0) -> [1], [ln(0.75)], [ln(4) - 0.75 * ln(3)]
 # the ends of the unit interval, beside tokens that cannot be drawn
-sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0) -> [1, 2], [-ln(2)] * 2, [ln(2)] * 2
+sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0)
+  -> [1, 2], [-ln(2)] * 2, [ln(2)] * 2
 # entries 0, 3 and 6; 1, 4 and 7; 2 and 5 of the two tensors together
-count_sketch([T([[1.0, 2], [3, 4]]), T([5.0, 6, 7, 8])], T([1, -1, 1, 1, 1, -1, 1, -1]), 3) -> [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
+count_sketch([T([[1.0, 2], [3, 4]]), T([5.0, 6, 7, 8])], T([1, -1, 1, 1, 1, -1, 1, -1]), 3)
+  -> [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
 pair_cosines(T([[1.0, 3, 0, 0], [3, 25, 0, 4], [0] * 4, [0, 4, 0, 1]])) -> [3 / 5, 0, 4 / 5]
-# number; cosines' mean, deviation, shares above 0 and small, size; interference, signal share, corrected cosine
+# number; cosines' mean, deviation, shares above 0 and small, size; interference, signal share,
+# corrected cosine
 geometry(gradient_geometry, [[1, 2]] * 3) -> [3, 1, 0, 1, 0, 1, 3, 1, 1]
-geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]]) -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 1/3, 8/14, 1, -3/14]
-geometry(gradient_geometry, [[1, 0], [3, 4], [0, 1]]) -> [3, 7/15, (1/3 - 49/225)**0.5, 2/3, 1/3, 7/15, 41/27, 1, 7/27]
+geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]])
+  -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 1/3, 8/14, 1, -3/14]
+geometry(gradient_geometry, [[1, 0], [3, 4], [0, 1]])
+  -> [3, 7/15, (1/3 - 49/225)**0.5, 2/3, 1/3, 7/15, 41/27, 1, 7/27]
 # a prompt without a gradient; halves that disagree, so no signal; one gradient, so no angle
-geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], 0.5) -> [2, 0.6, 0, 1, 0, 0.6, 52/34, 0.5, 9/17]
+geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], 0.5)
+  -> [2, 0.6, 0, 1, 0, 0.6, 52/34, 0.5, 9/17]
 geometry(gradient_geometry, [[1, 0]] * 2, -1.0) -> [2, 1, 0, 1, 0, 1, 2, -1, nan]
 geometry(gradient_geometry, [[1, 1], [0, 0]]) -> [1] + [nan] * 8
 # mean of A (c^2 + d), whatever the first guess of the step
@@ -236,51 +239,47 @@ curvature(directional_curvature, v=(0.0, 1.0)) -> nan
 curvature(directional_curvature, logprobs=lambda _: 1e-4 * torch.randn(3) - 500) -> nan
 curvature(directional_curvature, logprobs=lambda p: p["a"].sum().repeat(3) - 1e6) -> nan
 """
+CALLS = [line for line in BY_HAND.replace("\n  ", " ").splitlines() if line and line[0] != "#"]
 
 
-@pytest.mark.parametrize("line", [line for line in BY_HAND.strip().splitlines() if line[0] != "#"])
+@pytest.mark.parametrize("line", CALLS)
 def test_each_function_alone_gives_the_value_worked_out_by_hand(line):
-    """Made from its source alone, annotations aside, with nothing but torch in sight; but one calls another."""
+    """Made of its source alone, with nothing but torch in sight; but one calls another."""
     called, expected = line.split(" -> ")
     name = re.search(r"[a-z0-9]+_[a-z_]+", called)[0]
     calls = {"group_advantages": ["advantage_scale"], "gradient_geometry": ["pair_cosines"]}
+    calls["directional_curvature"] = ["square"]
     names = [*calls.get(name, []), name]
-    sources = [inspect.getsource(getattr(grpo, name)) for name in names]
+    source = "\n".join(inspect.getsource(getattr(grpo, name)) for name in names)
     namespace = {"torch": torch}
-    exec("\n".join(["from __future__ import annotations", *sources]), namespace)
+    exec(f"from __future__ import annotations\n{source}", namespace)
     torch.manual_seed(0)
     tools = dict(T=torch.tensor, log=torch.log, torch=torch, geometry=geometry, curvature=curvature)
     found = eval(called, tools | {name: namespace[name]})
     expected = eval(expected, {"ln": math.log, "nan": math.nan})
-    exact = (
-        dict(rtol=0.01, atol=0) if name == "directional_curvature" else dict(rtol=1e-6, atol=1e-6)
-    )
-    for value, wanted in zip(
-        *(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True
-    ):
-        np.testing.assert_allclose(value, wanted, **exact)
+    rtol, atol = (0.01, 0) if name == "directional_curvature" else (1e-6, 1e-6)
+    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    for value, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(value, wanted, rtol, atol)
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.7])
 def test_the_kl_terms_expected_gradient_is_that_of_the_divergence(moved):
-    """Samples from `old`, over exact probabilities of a policy of one token, at old itself and elsewhere."""
-    old, reference, direction = torch.randn(
-        3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    """Sampled from `old`, with exact probabilities of one token, at old itself and elsewhere."""
+    seeded = torch.Generator().manual_seed(0)
+    old, reference, direction = torch.randn(3, 6, dtype=torch.float64, generator=seeded)
     logits = (old + moved * direction).requires_grad_()
     policy, old, reference = (x.log_softmax(0) for x in (logits, old, reference))
     estimate = (old.exp() * grpo.k3_divergence(policy, old, reference)).sum()
     divergence = (policy.exp() * (policy - reference)).sum()
-    found, expected = (
-        torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (estimate, divergence)
-    )
+    both = estimate, divergence
+    found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in both)
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("large", [[1.0] * 5, [100.0, 1, 1, 1, 1]])
 def test_sketches_preserve_inner_products_without_bias(large):
-    """Unbiased, with the stated deviation, also where all that is large lies in one column of a
-    matrix."""
+    """Unbiased, with the stated deviation, also where all that is large is one matrix column."""
     torch.manual_seed(0)
     a, b = torch.randn(2, 40, 5) * torch.tensor(large)
     products = []
@@ -292,53 +291,39 @@ def test_sketches_preserve_inner_products_without_bias(large):
 
 
 def within(values, truth: float, errors: float = 3) -> bool:
-    """Whether the mean of independent values agrees with the truth within so many standard errors."""
+    """Whether independent values' mean agrees with the truth within so many standard errors."""
     values = np.asarray(values)
     return abs(values.mean() - truth) < errors * values.std(ddof=1) / len(values) ** 0.5
 
 
-# ------------------------------------------------ rollout and gradient ------------------------------------------------
+# -------------------------------------- rollout and gradient --------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
-    model, ends = (
-        make_model(kind),
-        [1, 4, 9],
-    )  # several end tokens, so that rows end at different times
+    model, ends = make_model(kind), [1, 4, 9]  # several, so that rows end at different times
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends, 0
     batch = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
     ids = torch.tensor([[0] * (5 - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in PROMPTS])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 5:]
     for p, row in enumerate(expected.tolist()):
-        length = next((t for t, token in enumerate(row, 1) if token in ends), 12)
+        end = next((t for t, token in enumerate(row, 1) if token in ends), 12)
         assert batch.tokens[p, 0].tolist() == row + [0] * (12 - len(row))
-        assert batch.lengths[p, 0] == length and batch.truncated[p, 0] == (
-            row[length - 1] not in ends
-        )
+        assert batch.lengths[p, 0] == end and batch.truncated[p, 0] == (row[end - 1] not in ends)
 
 
-@pytest.mark.parametrize(
-    ("kind", "attention", "temperature"),
-    [
-        ("gpt2", "sdpa", 0.7),
-        ("gpt2", "grouped", 1.0),
-        ("llama", "grouped", 0.7),
-        ("gemma2", "eager", 1.0),
-    ],
-)
+PASSES = [("gpt2", "sdpa", 0.7), ("gpt2", "grouped", 1.0)]
+PASSES += [("llama", "grouped", 0.7), ("gemma2", "eager", 1.0)]
+
+
+@pytest.mark.parametrize(("kind", "attention", "temperature"), PASSES)
 def test_rollout_is_the_naive_pass(kind, attention, temperature):
-    """Log-probabilities, entropies, what the output layer reads; and a completion has its own random numbers alone."""
-    naive, policy, u = (
-        make_model(kind),
-        make_policy(make_model(kind, attention=attention)),
-        uniforms(4, 6, 10),
-    )
-    batch, read = grpo.rollout(policy, PROMPTS, u, temperature), []
-    naive.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: read.append(inputs[0])
-    )
+    """Log-probabilities, entropies, what the output layer reads; and a completion has its own
+    random numbers alone."""
+    policy, u = make_policy(make_model(kind, attention=attention)), uniforms(4, 6, 10)
+    batch, naive, read = grpo.rollout(policy, PROMPTS, u, temperature), make_model(kind), []
+    naive.get_output_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0]))
     for p, prompt in enumerate(PROMPTS):
         naive(torch.tensor([prompt]))
         torch.testing.assert_close(batch.features[p], read[-1][0].mean(0), rtol=0, atol=1e-5)
@@ -356,97 +341,67 @@ def test_rollout_is_the_naive_pass(kind, attention, temperature):
 
 
 def test_the_output_layer_reads_no_strided_view():
-    """For one, torch copies the layer's weights for every prompt: gigabytes with a large vocabulary."""
+    """For one torch copies the layer's weights, for every prompt: gigabytes with many tokens."""
     policy, seen = make_policy(make_model("llama")), []
-    policy.model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0])
-    )
+    layer = policy.model.get_output_embeddings()
+    layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     batch = grpo.rollout(policy, PROMPTS, uniforms(4, 2, 2), 1.0)
     grpo.completion_logprobs(policy, batch, [0, 1, 2], Config())
     assert len(seen) == 4 and all(x.stride() == torch.empty(x.shape).stride() for x in seen)
 
 
 def test_sampled_frequencies_match_the_models_probabilities():
-    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation config says."""
+    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation
+    config says."""
     model = make_model("gpt2", 5)
-    model.generation_config.update(
-        top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False
-    )
+    others = dict(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
+    model.generation_config.update(**others)
     batch = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, 20_000, 2), 1.3)
 
     def probs(*ids: int) -> np.ndarray:
-        return (
-            torch.softmax(model(torch.tensor([ids])).logits[0, -1].double() / 1.3, -1)
-            .detach()
-            .numpy()
-        )
+        logits = model(torch.tensor([ids])).logits[0, -1].detach().double()
+        return torch.softmax(logits / 1.3, -1).numpy()
 
-    expected = [probs(2, 3)[a] * probs(2, 3, a) for a in range(4)] + [
-        probs(2, 3)[4:]
-    ]  # token 4 ends
+    first = probs(2, 3)  # token 4 ends
+    expected = np.concatenate([*(first[a] * probs(2, 3, a) for a in range(4)), first[4:]])
     counts = np.bincount(batch.tokens[0] @ torch.tensor([5, 1]), minlength=21)
-    assert stats.chisquare(counts, 20_000 * np.concatenate(expected)).pvalue > 0.001
+    assert stats.chisquare(counts, 20_000 * expected).pvalue > 0.001
 
 
 def test_random_numbers_and_prompts_depend_on_seed_step_and_row_alone():
     config = Config(max_new_tokens=3, prompts=4)
     both = grpo.draw(config, 1, 5, [2, 7], 4)
-    assert torch.equal(
-        both[1:, :2], grpo.draw(config, 1, 5, [7], 2)
-    )  # a larger group only adds draws
-    others = [
-        (config, 1, 6),
-        (config, 2, 5),
-        (replace(config, seed=1), 1, 5),
-    ]  # step, purpose, seed
+    assert torch.equal(both[1:, :2], grpo.draw(config, 1, 5, [7], 2))  # a larger group adds draws
+    others = (config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)  # step, purpose, seed
     assert all((both[:1] != grpo.draw(*other, [2], 4)).all() for other in others)
     rows = [row for step in range(5) for row in grpo.prompt_rows(step, config, 10)]
-    assert (
-        sorted(rows[:10]) == sorted(rows[10:]) == list(range(10)) and rows[:10] != rows[10:]
-    )  # in epochs
+    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))  # in epochs
+    assert rows[:10] != rows[10:]
 
 
-@pytest.mark.parametrize(
-    ("kind", "agg"),
-    [
-        ("gpt2", "sequence"),
-        ("gpt2", "mean"),
-        ("gpt2", "token"),
-        ("llama", "mean"),
-        ("gemma2", "sequence"),
-    ]
-    + [
-        ("opt", "token"),
-        ("mixtral", "sequence"),
-        ("granite", "mean"),
-        ("cohere", "token"),
-        ("gpt-neo", "mean"),
-    ],
-)
+KINDS = "gpt2 sequence, gpt2 mean, gpt2 token, llama mean, gemma2 sequence, opt token"
+KINDS += ", mixtral sequence, granite mean, cohere token, gpt-neo mean"
+
+
+@pytest.mark.parametrize(("kind", "agg"), [pair.split() for pair in KINDS.split(", ")])
 def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg):
-    """Several prompts of unequal length in a micro-batch, one of a single token, or one completion."""
+    """Several prompts of unequal length in a micro-batch, one of one token, or one completion."""
     naive, attention = make_model(kind), "grouped" if kind == "llama" else ""
     policy = make_policy(make_model(kind, attention=attention))
     batch, config = sample_batch(policy, agg), Config(temperature=0.8, device="cpu")
     now = naive_logprobs(naive, batch, 0.8)
-    expected = flat(
-        torch.autograd.grad(naive_loss(now, now, now, batch, agg), list(naive.parameters()))
-    )
+    loss = naive_loss(now, now, now, batch, agg)
+    expected = flat(torch.autograd.grad(loss, [*naive.parameters()]))
     wide = [pad(x, (0, 7), value=22) for x in (batch.tokens, batch.old_logprobs)]
     padded = replace(batch, tokens=wide[0], old_logprobs=wide[1] * math.nan)
+    active = [r for r in range(20) if batch.advantages.flatten()[r]]  # the others have no gradient
     for limits, rows, variant in (
         ((999, 999), range(20), batch),
         ((60, 40), [*range(20)][::-1], padded),
-        (
-            (1, 1),
-            [r for r in range(20) if batch.advantages.flatten()[r]],
-            batch,
-        ),  # the others have none
+        ((1, 1), active, batch),
     ):
-        policy.limits, variant.old_logprobs = (
-            limits,
-            torch.full_like(variant.old_logprobs, math.nan),
-        )
+        policy.limits = limits
+        variant.old_logprobs = torch.full_like(variant.old_logprobs, math.nan)
         gradient = flat(grpo.loss_gradient(policy, variant, rows, config))
         assert relative_error(gradient, expected) < 1e-5
         for row in rows:
@@ -455,9 +410,7 @@ def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind
             torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
 
 
-HYBRID = SHARED | dict(
-    vocab_size=23, layer_types=["linear_attention", "full_attention"], head_dim=8
-)
+HYBRID = dict(vocab_size=23, layer_types=["linear_attention", "full_attention"], head_dim=8)
 STATES = {  # whose past is not keys and values alone: a delta rule, a state space
     "qwen3_next": dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8)
     | dict(linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
@@ -472,13 +425,12 @@ if transformers.__version__ < "5":
 def test_models_with_a_state_have_the_naive_gradient_or_are_refused(kind):
     """transformers 4 has caches of another kind for them."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **HYBRID | STATES[kind])
+    config = transformers.AutoConfig.for_model(kind, **SHARED | HYBRID | STATES[kind])
     policy = make_policy(AutoModelForCausalLM.from_config(config).eval(), limits=(60, 40))
     settings = Config(device="cpu")
     if transformers.__version__ < "5":
-        with pytest.raises(
-            InputError, match=f"{kind}.*: going on from a DynamicCache failed: .*state"
-        ):
+        refused = f"{kind}.*: going on from a DynamicCache failed: .*state"
+        with pytest.raises(InputError, match=refused):
             grpo.check_model(policy, [3, 4, 5], settings)
         return
     grpo.check_model(policy, [3, 4, 5], settings)
@@ -491,7 +443,7 @@ def test_models_with_a_state_have_the_naive_gradient_or_are_refused(kind):
 
 
 def test_micro_batches_keep_to_their_limits():
-    """Prompts of 400 tokens and answers of 4 or 5: all would fit but for the copies of the prompts."""
+    """Prompts of 400 tokens and answers of 4 or 5: all would fit but for copies of the prompts."""
     lengths = torch.tensor([[4, 5, 4], [5, 5, 5], [4, 4, 4], [9, 1, 1]])
     batch = SimpleNamespace(prompts=[[0] * 400, [0] * 400, [0] * 400, [0] * 10], lengths=lengths)
     split = lambda *limits: grpo.split_rows(batch, range(12), limits)  # noqa: E731
@@ -508,18 +460,10 @@ def parity(completion: str, answer: str) -> float:
     return float(zlib.crc32((completion + answer).encode()) % 2)
 
 
-SETTINGS = dict(
-    steps=10,
-    prompts=3,
-    group=5,
-    eval_every=4,
-    eval_problems=20,
-    save_every=4,
-    lr=1e-3,
-    probe_every=4,
-)
-SETTINGS |= dict(micro_batch=24, device="cpu", dtype="float32", task="letters", data=LETTERS.test)
-UNMEASURED = dict(geometry_every=0, probe_every=0)
+SETTINGS = dict(steps=10, prompts=3, group=5, eval_every=4, eval_problems=20, save_every=4, lr=1e-3)
+SETTINGS |= dict(probe_every=4, micro_batch=40, device="cpu", dtype="float32", task="letters")
+SETTINGS |= dict(data=LETTERS.test)
+UNMEASURED, BRIEF = dict(geometry_every=0, probe_every=0), dict(eval_every=0, eval_problems=2)
 
 
 def settings(out, **changes) -> Config:
@@ -536,22 +480,18 @@ def step_batch(policy: Policy, step: int, config: Config) -> Batch:
     problems = grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
     problems = [problems[row] for row in grpo.prompt_rows(step, config, len(problems))]
     random = grpo.draw(config, grpo.TRAIN, step, range(config.prompts), config.group)
-    batch = grpo.rollout(
-        policy, [problem.prompt for problem in problems], random, config.temperature
-    )
+    prompts = [problem.prompt for problem in problems]
+    batch = grpo.rollout(policy, prompts, random, config.temperature)
     grpo.score(policy, batch, problems, parity)
     return with_advantages(batch, config.norm, config.agg)
 
 
 def naive_run(config: Config):
-    """The run written out with plain SGD: weights before and after, updates' norms and largest changes of a ratio."""
-    policy, plain = (
-        grpo.load_policy(config),
-        AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model),
-    )
-    start = {
-        name: master.detach().clone().requires_grad_() for name, master in policy.masters.items()
-    }
+    """The run written out with plain SGD: weights before and after, updates' norms, largest changes
+    of a ratio, and the plain model."""
+    policy = grpo.load_policy(config)
+    plain = AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model)
+    start = {name: x.detach().clone().requires_grad_() for name, x in policy.masters.items()}
     theta, anchor, norms, changes = start, naive_forward(plain, start), [], []
     for step in range(config.steps):
         for name, master in policy.masters.items():
@@ -566,68 +506,58 @@ def naive_run(config: Config):
             loss = naive_loss(now, old, far, batch, config.agg, config.clip, config.kl)
             gradient = torch.autograd.grad(loss, list(theta.values()))
             norms.append(float(flat(gradient).norm()))
-            changes.append(
-                float((flat(sum(now, [])) - flat(sum(old, []))).exp().sub(1).abs().max())
-            )
-            rate = (
-                config.lr * (step + 1) / 10 * min(1, (config.max_grad_norm or math.inf) / norms[-1])
-            )
-            theta = {
-                name: (t - rate * g).detach().requires_grad_()
-                for (name, t), g in zip(theta.items(), gradient)
-            }
+            ratio = (flat(sum(now, [])) - flat(sum(old, []))).exp()
+            changes.append(float((ratio - 1).abs().max()))
+            shrink = min(1, (config.max_grad_norm or math.inf) / norms[-1])
+            rate = config.lr * (step + 1) / 10 * shrink
+            moved = zip(theta.items(), gradient)
+            theta = {name: (t - rate * g).detach().requires_grad_() for (name, t), g in moved}
     return start, theta, norms, changes, plain
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(norm="none", agg="token", probe_every=1),
-        dict(norm="var", agg="mean", temperature=0.8),
-        dict(norm="batch", max_grad_norm=0.05, **UNMEASURED),
-        dict(norm="std", epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0),
-        dict(norm="std", lora=4, epochs=2, clip=0.01, kl=0.3),
-        dict(norm="none", lora=4, probe_every=1, task="arith", model="llama"),
-    ],
-)
+RUNS = [
+    dict(norm="none", agg="token", probe_every=1, micro_batch=24),  # a half in two
+    dict(norm="var", agg="mean", temperature=0.8),
+    dict(norm="batch", max_grad_norm=0.05, **UNMEASURED),
+    dict(norm="std", epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0),
+    dict(norm="std", lora=4, epochs=2, clip=0.01, kl=0.3),
+    dict(norm="none", lora=4, probe_every=1, task="arith", model="llama"),
+]
+
+
+@pytest.mark.parametrize("changes", RUNS)
 def test_a_run_is_the_naive_one(changes, tmp_path):
-    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL, with adapters."""
-    changes |= dict(optimizer="sgd", lr=0.3, steps=2, eval_every=0, eval_problems=2)
-    if "kl" in changes or changes.get("agg") == "mean":
-        changes |= dict(
-            geometry_every=-1, probe_every=-1
-        )  # by default as often as there is something to measure
+    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL, with
+    adapters."""
+    changes = changes | BRIEF | dict(optimizer="sgd", lr=0.3, steps=2)
+    if "kl" in changes or changes.get("agg") == "mean":  # by default where there is what to measure
+        changes |= dict(geometry_every=-1, probe_every=-1)
     if "model" in changes:
         changes |= {"model": save_model(changes["model"], tmp_path / "start")}
     run(tmp_path, **changes)
     config = settings(tmp_path, **changes)
     start, theta, norms, ratios, plain = naive_run(config)
-    saved = {
-        name.removeprefix("weights."): x
-        for name, x in load_file(tmp_path / grpo.CHECKPOINT).items()
-    }
-    found, expected = (flat(x[n] - start[n] for n in start) for x in (saved, theta))
-    assert relative_error(found, expected) < 1e-4 and all(
-        ("lora" in name) == bool(config.lora) for name in start
-    )
+    before, after = flat(start.values()), flat(theta.values())
+    assert relative_error(weights(tmp_path, start) - before, after - before) < 1e-4
+    assert all(("lora" in name) == bool(config.lora) for name in start)
     assert config.epochs == 1 or max(ratios) > config.clip
-    log = read(tmp_path)[:-1]
-    assert [line["grad_norm"] for line in log] == pytest.approx(
-        np.reshape(norms, (2, -1)).mean(1), rel=1e-4
-    )
-    assert all(
-        line["clipped"] == (config.max_grad_norm == 0.05) and line["logprob_gap"] < 1e-5
-        for line in log
-    )
-    measured = (
-        config.agg != "mean" and not config.kl and bool(config.geometry_every)
-    )  # else it is another gradient
-    assert [key in log[0] for key in ("cos_mean", "curvature")] == [measured] * 2
+    first, *_ = lines = read(tmp_path)[:-1]
+    log = pd.DataFrame(lines)
+    assert [*log.grad_norm] == pytest.approx(np.reshape(norms, (2, -1)).mean(1), rel=1e-4)
+    assert (log.clipped == (config.max_grad_norm == 0.05)).all() and (log.logprob_gap < 1e-5).all()
+    # With `mean` or KL the loss has another gradient than what is measured.
+    measured = config.agg != "mean" and not config.kl and bool(config.geometry_every)
+    assert [key in first for key in ("cos_mean", "curvature")] == [measured] * 2
     ids = torch.arange(20, 60).view(2, 20)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(
-        merged(ids).logits, naive_forward(plain, theta)(ids).logits, rtol=1e-3, atol=1e-3
-    )
+    expected = naive_forward(plain, theta)(ids).logits
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def weights(out, names) -> torch.Tensor:
+    """The trained weights of a run's checkpoint."""
+    saved = load_file(out / grpo.CHECKPOINT)
+    return flat(saved[f"weights.{name}"] for name in names)
 
 
 def test_a_task_brings_its_settings_and_a_model_or_data_of_ones_own_is_mathematics():
@@ -654,53 +584,45 @@ ENDS = [  # what a template puts after an answer, and what of it ends a completi
 
 @pytest.mark.parametrize(("end", "more"), ENDS)
 def test_what_ends_a_turn_by_the_template_ends_a_completion(end, more, tmp_path):
-    path = shutil.copytree(LETTERS.model, tmp_path / "model")
+    path = str(shutil.copytree(LETTERS.model, tmp_path / "model"))
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = TURN.replace("{{ END }}", end)
     tokenizer.save_pretrained(path)
     for chat in (True, False):
-        policy = grpo.load_policy(settings(tmp_path, model=str(path), chat=chat))
+        policy = grpo.load_policy(settings(tmp_path, model=path, chat=chat))
         wanted = ["<eos>", *more * chat]
         assert policy.eos_ids == sorted(tokenizer.convert_tokens_to_ids(wanted))
 
 
 def read(out, name: str = "metrics.jsonl") -> list[dict]:
     """A log, without what the clock says."""
-    clock, lines = (
-        ("seconds_rollout", "seconds_update", "tokens_per_second"),
-        (Path(out) / name).read_text(),
-    )
-    return [
-        {k: v for k, v in json.loads(line).items() if k not in clock} for line in lines.splitlines()
-    ]
+    clock = "seconds_rollout", "seconds_update", "tokens_per_second"
+    rows = map(json.loads, (Path(out) / name).read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
 
 
 def test_bfloat16_weights_follow_float32_masters(tmp_path):
     config = settings(tmp_path, dtype="bfloat16", optimizer="sgd", lr=1e-3, steps=1, **UNMEASURED)
     grpo.train(config, reward=parity)
     policy = grpo.load_policy(config)
-    gradient = flat(grpo.loss_gradient(policy, step_batch(policy, 0, config), range(15), config))
-    saved, model = (
-        load_file(tmp_path / grpo.CHECKPOINT),
-        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
-    )
-    found, start = (
-        flat(x.values())
-        for x in ({n: saved[f"weights.{n}"] for n in policy.masters}, policy.masters)
-    )
+    batch = step_batch(policy, 0, config)
+    # Those that a run trains on: in other micro-batches bfloat16 would be rounded otherwise.
+    active = [row for row, A in enumerate(batch.advantages.flatten()) if A]
+    gradient = flat(grpo.loss_gradient(policy, batch, active, config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found, start = weights(tmp_path, policy.masters), flat(policy.masters.values())
     torch.testing.assert_close(found, start - 1e-4 * gradient, rtol=1e-6, atol=1e-8)
-    assert (
-        torch.equal(flat(model.parameters()), found.bfloat16())
-        and (found != start).float().mean() > 0.5
-    )
+    assert torch.equal(flat(model.parameters()), found.bfloat16())
+    assert (found != start).float().mean() > 0.5
 
 
-# ----------------------------------------------------- measurement ---------------------------------------------------
+# ------------------------------------------ measurement -------------------------------------------
 
 
 class LogLinear(torch.nn.Module):
-    """P prompts of a token, K answers of a token, the first one right: softmax(features[x] @ theta), in closed form."""
+    """P prompts of a token, K answers of a token, the first one right, in closed form:
+    softmax(features[x] @ theta)."""
 
     def __init__(self, P: int, K: int):
         super().__init__()
@@ -713,7 +635,7 @@ class LogLinear(torch.nn.Module):
         return SimpleNamespace(logits=self.features[ids] @ self.theta.double())
 
     def closed_form(self, p: int):
-        """Probabilities [K], scores [K, D], gradient [D] and Hessian [D, D] of the expected reward."""
+        """Probabilities [K], scores [K, D]; the expected reward's gradient [D], Hessian [D, D]."""
         probs = torch.softmax(self.features[p] @ self.theta.detach(), -1)
         scores = self.features[p] - probs @ self.features[p]
         centred = probs * ((torch.arange(len(probs)) == 0).double() - probs[0])
@@ -723,25 +645,27 @@ class LogLinear(torch.nn.Module):
         tokens = torch.as_tensor(actions)[None, :, None]
         nothing, ones = torch.zeros(tokens.shape).double(), torch.ones_like(tokens[..., 0])
         rewards = (tokens[..., 0] == 0).double()
-        batch = Batch([[p]], nothing, tokens, ones, nothing, nothing, nothing, rewards)
-        return measure(
-            make_policy(self), with_advantages(batch, "std", "sequence"), 0, settings("-")
+        batch = Batch(
+            [[p]], nothing, tokens, ones, nothing, nothing, nothing, nothing * math.nan, rewards
         )
+        batch = with_advantages(batch, "std", "sequence")
+        return measure(make_policy(self), batch, 0, settings("-"))
 
 
 def measure(policy: Policy, batch: Batch, p: int, config: Config) -> dict:
     """What a step measures of a prompt, from the parts that its two halves have in the update."""
-    G, halves = batch.lengths.shape[1], []
+    G, found = batch.lengths.shape[1], defaultdict(list)
     for rows in (range(p * G, p * G + (G + 1) // 2), range(p * G + (G + 1) // 2, p * G + G)):
         active = rows if batch.advantages[p].any() else []
         part = grpo.loss_gradient(policy, batch, active, config)
-        halves.append(grpo.measure_half(policy, batch, rows, part, None, config, True))
-    return grpo.join_halves(*halves, G)
+        grpo.measure_half(policy, batch, rows, part, None, config, True, found)
+    return found | {"fisher": found["fisher"][0]}
 
 
 @pytest.mark.parametrize("G", [2, 3, 4])
 def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
-    """Gradient, corrected norm, cosine, signal share, Fisher trace E|grad log pi|^2; curvature, where it can be had."""
+    """Gradient, corrected norm, cosine, signal share, Fisher trace E|grad log pi|^2; curvature,
+    where it can be had."""
     model, truth, averages, first = LogLinear(2, 3), [], [], (G + 1) // 2
     for p in range(2):
         probs, scores, gradient, _ = model.closed_form(p)
@@ -749,9 +673,8 @@ def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
         for actions in itertools.product(range(3), repeat=G):
             found, halves = model.measured(p, actions), (actions[:first], actions[first:])
             for own, other, value in zip(halves, halves[::-1], found["curvature"]):
-                assert math.isnan(value) == (
-                    len({action == 0 for action in own}) == 1 or len(other) < 2
-                )
+                alike = len({action == 0 for action in own}) == 1
+                assert math.isnan(value) == (alike or len(other) < 2)
             A, B = (vector.double() for vector in found["vector"])
             whole = (first * A + (G - first) * B) / G
             values = torch.tensor([found["fisher"], *found["fisher_half"], A @ B, whole @ whole])
@@ -760,15 +683,11 @@ def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
         torch.testing.assert_close(average[:9], expected, rtol=1e-5, atol=1e-6)
         truth.append(gradient)
         averages.append(average)
-    gram, (products, squares) = (
-        torch.stack(truth) @ torch.stack(truth).T,
-        torch.stack(averages).T[9:],
-    )
+    gram = torch.stack(truth) @ torch.stack(truth).T
+    products, squares = torch.stack(averages).T[9:]
     found = grpo.gradient_geometry(gram - gram.diagonal().diag() + squares.diag(), products, G)
-    expected = [2 * gram[0, 1] / gram.trace(), gram.trace() / squares.sum()]
-    assert [found["cos_signal"], found["signal_share"]] == pytest.approx(
-        [float(x) for x in expected], rel=1e-5
-    )
+    expected = [float(2 * gram[0, 1] / gram.trace()), float(gram.trace() / squares.sum())]
+    assert [found["cos_signal"], found["signal_share"]] == pytest.approx(expected, rel=1e-5)
 
 
 def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
@@ -781,41 +700,31 @@ def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
             if not math.isnan(curvature):
                 truths.append(float(v.double() @ hessian @ v.double() / v.double().square().sum()))
                 errors.append(curvature - truths[-1])
-    scaled = (
-        np.array(errors) * truths
-    )  # neither shifted nor scaled; that all estimates are 0 would be seen
-    assert (
-        within(errors, 0.0)
-        and within(scaled, 0.0)
-        and not within(scaled + np.square(truths), 0.0, 6)
-    )
+    scaled = np.array(errors) * truths  # neither shifted nor scaled
+    assert within(errors, 0.0) and within(scaled, 0.0)
+    assert not within(scaled + np.square(truths), 0.0, 6)  # if all estimates were 0, it would show
 
 
 @pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
 def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
-    """Halves' gradients, Fisher traces, and the exact Hessian-vector product in float64; adapters start as nothing."""
+    """Halves' gradients, Fisher traces, and the exact Hessian-vector product in float64; adapters
+    start as nothing."""
     config = settings("-", group=8, prompts=10, dtype=dtype, lora=lora)
     policy, curvatures = grpo.load_policy(config), []
-    plain = AutoModelForCausalLM.from_pretrained(
-        LETTERS.model, dtype=config.dtype, attn_implementation="eager"
-    )
+    how = dict(dtype=config.dtype, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_pretrained(LETTERS.model, **how)
     both = [step_batch(x, 0, config) for x in (policy, grpo.load_policy(replace(config, lora=0)))]
-    assert (
-        torch.equal(*(x.tokens for x in both))
-        and next(iter(policy.trained.values())).dtype == torch.float32
-    )
+    assert torch.equal(*(x.tokens for x in both))
+    assert next(iter(policy.trained.values())).dtype == torch.float32
     torch.manual_seed(0)
     for name, master in policy.masters.items():
         master.data += 0.05 * torch.randn(master.shape) * ("lora_B" in name)
-    theta = {
-        name: master.detach().double().requires_grad_() for name, master in policy.masters.items()
-    }
+    theta = {name: x.detach().double().requires_grad_() for name, x in policy.masters.items()}
     forward = naive_forward(plain.double(), theta)
 
     def gradient(value, again: bool = False):
-        found = torch.autograd.grad(
-            value, list(theta.values()), retain_graph=True, create_graph=again
-        )
+        kept = dict(retain_graph=True, create_graph=again)
+        found = torch.autograd.grad(value, [*theta.values()], **kept)
         return torch.cat([g.flatten() for g in found])
 
     batch = step_batch(policy, 0, config)
@@ -829,33 +738,29 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
         assert all(relative_error(v, g) < close for v, g in zip(found["vector"], wanted))
         fisher = [len(s) * float(gradient(s.mean()).square().sum()) for s in (sums, *halves[0])]
         assert [found["fisher"], *found["fisher_half"]] == pytest.approx(fisher, rel=2 * close)
-        v, own = (
-            found["vector"][0].double() / found["vector"][0].norm(),
-            (r[4:] - r[4:].mean()) * 4 / 3,
-        )
+        v = found["vector"][0].double() / found["vector"][0].norm()
+        own = (r[4:] - r[4:].mean()) * 4 / 3
         surrogate = (own * (sums[4:] - sums[4:].detach()).exp()).mean()
-        curvatures.append(
-            (found["curvature"][0], float(gradient(gradient(surrogate, True) @ v) @ v))
-        )
+        exact = float(gradient(gradient(surrogate, True) @ v) @ v)
+        curvatures.append((found["curvature"][0], exact))
     found, wanted = np.array(curvatures).T
     assert len(found) > 3 and np.corrcoef(found, wanted)[0, 1] > 0.999
     assert np.median(np.abs(found - wanted) / np.abs(wanted).mean()) < 0.02
 
 
 def test_the_description_of_a_measured_step_by_hand():
-    """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like them. The
-    first half has 2 of 3 completions."""
-    vectors, apart = (
-        torch.tensor([[1.0, 0.0], [3.0, 4.0]]),
-        torch.tensor([[0.5, 2.0], [-1.0, -4.0]]),
-    )
-    found = [{"vector": [v + apart[0], v + apart[1]], "feature": v} for v in vectors]
-    line, columns = grpo.describe_measured(found, torch.tensor([2.0, 1.0]).double(), 3, True)
+    """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like
+    them. The first half has 2 of 3 completions."""
+    vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    apart = torch.tensor([[0.5, 2.0], [-1.0, -4.0]])
+    found = {"vector": [v + half for v in vectors for half in apart]}
+    scale = torch.tensor([2.0, 1.0]).double()
+    line, columns = grpo.describe_measured(found, [*vectors], scale, 3, True)
     assert columns["cos_update"].tolist() == pytest.approx([5 / 41**0.5, 31 / (5 * 41**0.5)])
     assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
 
 
-# -------------------------------------------------------- runs --------------------------------------------------------
+# ---------------------------------------------- runs ----------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -870,15 +775,14 @@ def assert_same_run(out, other) -> None:
     """Logs, weights and moments of the one equal those of the other, to the bit."""
     assert all(read(out, name) == read(other, name) for name in grpo.LOGS)
     ours, theirs = (load_file(Path(path) / grpo.CHECKPOINT) for path in (out, other))
-    assert ours.keys() == theirs.keys() and all(
-        torch.equal(ours[key], theirs[key]) for key in theirs
-    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated grad_norm clipped
-    skipped logprob_gap lr"""
-MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small cos_abs interference signal_share cos_signal
-    feature_cos feature_cos_centered"""
+KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated
+    grad_norm clipped skipped logprob_gap lr"""
+MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small cos_abs interference signal_share
+    cos_signal feature_cos feature_cos_centered"""
 PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher", "fisher_half"]
 
 
@@ -886,92 +790,73 @@ def test_the_advantages_decide_the_update_of_a_measured_step_too(tmp_path, monke
     """Others in their place, of the sizes 0 to 14: they are those of its gradient."""
     A = torch.arange(15.0).view(3, 5) - 7
     monkeypatch.setattr(grpo, "group_advantages", lambda rewards, norm: A)
-    changes = dict(steps=1, eval_every=0, eval_problems=2, optimizer="sgd", lr=1.0, max_grad_norm=0)
+    changes = BRIEF | dict(steps=1, optimizer="sgd", lr=1.0, max_grad_norm=0)
     run(tmp_path, probe_every=1, **changes)
     policy = grpo.load_policy(config := settings(tmp_path, **changes))
     before, batch = flat(policy.masters.values()), step_batch(policy, 0, config)
     now = naive_logprobs(policy.model, batch)
     loss = sum(A[p, g] / 15 * now[p][g].sum() for p in range(3) for g in range(5))
     gradient = flat(torch.autograd.grad(loss, list(policy.trained.values())))
-    saved = load_file(tmp_path / grpo.CHECKPOINT)
-    moved = flat(saved[f"weights.{name}"] for name in policy.masters) - before
+    moved = weights(tmp_path, policy.masters) - before
     assert relative_error(moved, 0.1 * gradient) < 1e-4 and "curvature" in read(tmp_path)[0]
 
 
 def test_a_run_may_go_on_where_auto_means_another_dtype_and_from_when_it_was_stored(tmp_path):
-    run(tmp_path, steps=2, dtype="auto")
+    run(tmp_path, steps=2, dtype="auto", **BRIEF | UNMEASURED)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "auto"
     path = tmp_path / grpo.CHECKPOINT
     with safe_open(path, "pt") as file:
         state, tensors = json.loads(file.metadata()["state"]), load_file(path)
-    state["config"]["dtype"] = "float32"  # as checkpoints had it
+    state["config"]["dtype"] = "bfloat16"  # as a run on CUDA had it
     save_file(tensors, path, {"state": json.dumps(state)})
-    run(tmp_path, steps=3, dtype="auto", resume=True)
-    with pytest.raises(InputError, match="other settings.*dtype.*float32.*bfloat16"):
-        run(tmp_path, steps=4, dtype="bfloat16", resume=True)
+    with pytest.raises(InputError, match="other settings.*dtype.*bfloat16.*float32"):
+        run(tmp_path, steps=3, dtype="float32", resume=True, **BRIEF | UNMEASURED)
+    run(tmp_path, steps=3, dtype="auto", resume=True, **BRIEF | UNMEASURED)
 
 
-def test_a_model_without_hidden_states_trains_and_its_feature_cosines_are_null(
-    tmp_path, monkeypatch
-):
+def test_without_hidden_states_a_run_has_no_feature_cosines(tmp_path, monkeypatch):
     extend = grpo.extend
 
     def without(*args, **options):
         return SimpleNamespace(logits=extend(*args, **options).logits)
 
     monkeypatch.setattr(grpo, "extend", without)
-    run(tmp_path, steps=1, eval_every=0, eval_problems=2)
+    run(tmp_path, steps=1, **BRIEF)
     line, last = read(tmp_path)
-    assert (
-        line["feature_cos"] is line["feature_cos_centered"] is None and line["cos_mean"] is not None
-    )
+    assert line["feature_cos"] is line["feature_cos_centered"] is None
+    assert line["cos_mean"] is not None
 
 
 def test_what_a_run_leaves(whole):
     assert {x.name for x in whole.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
     metrics, samples = read(whole), read(whole, "samples.jsonl")
     evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
-    assert (
-        set(metrics[1])
-        == {*KEYS.split(), *MEASURES.split()}
-        == set(metrics[8]) - evaluation - {"curvature"}
-    )
-    assert set(metrics[10]) == evaluation | {"step"} and [row["step"] for row in metrics] == list(
-        range(11)
-    )
+    always = {*KEYS.split(), *MEASURES.split()}
+    assert set(metrics[1]) == always == set(metrics[8]) - evaluation - {"curvature"}
+    assert set(metrics[10]) == evaluation | {"step"}
+    assert [row["step"] for row in metrics] == list(range(11))
     assert [row["step"] for row in metrics if evaluation & set(row)] == [0, 4, 8, 10]
-    assert len(samples) == 16 and set(samples[0]) == {
-        "step",
-        "question",
-        "completion",
-        "answer",
-        "reward",
-    }
+    assert len(samples) == 16
+    assert set(samples[0]) == {"step", "question", "completion", "answer", "reward"}
     assert all(row["reward"] == parity(row["completion"], row["answer"]) for row in samples)
-    saved, model = (
-        load_file(whole / grpo.CHECKPOINT),
-        AutoModelForCausalLM.from_pretrained(whole / "model"),
-    )
-    assert all(torch.equal(p, saved[f"weights.{name}"]) for name, p in model.named_parameters())
+    model = dict(AutoModelForCausalLM.from_pretrained(whole / "model").named_parameters())
+    assert torch.equal(flat(model.values()), weights(whole, model))
     lines, rows = pd.DataFrame(metrics), pd.DataFrame(read(whole, "prompts.jsonl"))
     lines, std = lines[:-1], (rows.pass_rate * (1 - rows.pass_rate)) ** 0.5
     steps = rows.assign(mixed=std > 0, square=rows.grad_norm**2).groupby("step")
+    share, count = steps.grad_sq_signal.sum() / steps.square.sum(), steps.mixed.sum()
     for name, expected in (
         (rows.reward_std, std),
         (rows.scale, np.where(std > 0, 1 / (std + 1e-6), 0)),
         (lines.pass_rate, steps.pass_rate.mean()),
         (lines.frac_all_right, steps.pass_rate.apply(lambda rates: (rates == 1).mean())),
         (lines.frac_all_wrong, steps.pass_rate.apply(lambda rates: (rates == 0).mean())),
-        (lines.n_gradients, steps.mixed.sum()),
-        (
-            lines.signal_share,
-            (steps.grad_sq_signal.sum() / steps.square.sum()).where(steps.mixed.sum() > 1),
-        ),
+        (lines.n_gradients, count),
+        (lines.signal_share, share.where(count > 1)),
     ):
         np.testing.assert_allclose(name.astype(float), expected, rtol=1e-6, atol=1e-9)
-    assert ((rows.grad_norm > 0) == (std > 0)).all() and (
-        rows.cos_update.notna() == (std > 0)
-    ).all()
+    for present in (rows.grad_norm > 0, rows.cos_update.notna()):
+        assert (present == (std > 0)).all()
     probed = rows[rows.step % 4 == 0]
     assert rows[PROBES].notna().all(axis=1).equals(rows.step % 4 == 0) and (probed.fisher > 0).all()
     found, deviations, rates = (np.array(probed[name].tolist(), float) for name in PROBES[:3])
@@ -981,7 +866,8 @@ def test_what_a_run_leaves(whole):
 
 
 def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch):
-    """Prompts and the first rollouts; the probe changes no gradient, and sketched cosines are close."""
+    """Prompts and the first rollouts; the probe changes no gradient, and sketched cosines are
+    close."""
     run(tmp_path / "none", norm="none", **UNMEASURED)
     monkeypatch.setattr(grpo, "SMALL", 0)
     run(tmp_path / "sketch", geometry_every=1, probe_every=0)
@@ -989,9 +875,8 @@ def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch
     std, none, sketch = (pd.DataFrame(read(out)[:-1]) for out in paths)
     prompts = [[row["prompt"] for row in read(out, "prompts.jsonl")] for out in paths]
     assert prompts[0] == prompts[1] and "cos_mean" not in none and "curvature" not in sketch
-    assert all(
-        none[key][0] == std[key][0] for key in ("reward", "entropy", "length", "eval_reward")
-    )
+    for key in ("reward", "entropy", "length", "eval_reward"):
+        assert none[key][0] == std[key][0]
     assert none.grad_norm[0] != std.grad_norm[0] and none.entropy[9] != std.entropy[9]
     np.testing.assert_allclose(sketch.cos_mean, std.cos_mean, atol=0.02)
     ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in paths[::2])
@@ -1005,27 +890,24 @@ def at_call(number: int, act):
 
 
 RECEIVED = []  # signals
+INTERRUPTED = [
+    ({}, 40 + 75 + 40 + 33, sys.exit, 7),
+    ({}, 40 + 2 * 15 + 7, lambda: RECEIVED.append(signal.SIGTERM), 3),
+    (dict(optimizer="sgd", lora=4, steps=4), 60, sys.exit, 1),
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "call", "act", "steps"),
-    [
-        ({}, 40 + 75 + 40 + 33, sys.exit, 7),
-        ({}, 40 + 2 * 15 + 7, lambda: RECEIVED.append(signal.SIGTERM), 3),
-        (dict(optimizer="sgd", lora=4, steps=4), 60, sys.exit, 1),
-    ],
-)
+@pytest.mark.parametrize(("changes", "call", "act", "steps"), INTERRUPTED)
 def test_an_interrupted_run_resumes_to_the_bit(whole, changes, call, act, steps, tmp_path):
-    """At a reward, of 40 an evaluation and 15 a step; or, where there was a signal, after the step."""
+    """At a reward, of 40 an evaluation and 15 a step; or, after a signal, between two steps."""
     out, other = tmp_path / "run", tmp_path / "whole" if changes else whole
     if changes:
         run(other, **changes)
     RECEIVED.clear()
     with pytest.raises((SystemExit, RunError)) as stopped:
         run(out, at_call(call, act), RECEIVED, **changes)
-    assert not RECEIVED or (
-        stopped.value.status == 143 and "--resume goes on" in str(stopped.value)
-    )
+    said = stopped.value
+    assert not RECEIVED or said.status == 143 and "--resume goes on" in str(said)
     assert len(read(out)) == steps
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # killed while writing
@@ -1033,73 +915,65 @@ def test_an_interrupted_run_resumes_to_the_bit(whole, changes, call, act, steps,
     assert_same_run(out, other)
 
 
-def test_a_run_begins_anew_where_none_began_and_a_finished_one_goes_on(whole, tmp_path):
+def test_a_run_survives_its_beginning_a_full_disk_and_its_end(whole, tmp_path, capsys, monkeypatch):
+    """It begins anew where none began, a full disk is one line and costs nothing, and it goes on
+    when finished."""
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "state.tmp").write_text("half a checkpoi")  # killed while it began
     run(tmp_path, steps=5)
+    monkeypatch.setitem(grpo.TASKS, "letters", LETTERS._replace(reward=parity))
+    checkpoint, former = tmp_path / grpo.CHECKPOINT, resource.getrlimit(resource.RLIMIT_FSIZE)
+    first = checkpoint.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) // 2, former[1]))
+    status = command(settings(tmp_path, resume=True))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    error = capsys.readouterr().err
+    assert status == 1 and re.search("^grpo.py: stopped: .*File too large.*\n\\Z", error, re.M)
+    assert checkpoint.read_bytes() == first and list(checkpoint.parent.iterdir()) == [checkpoint]
     run(tmp_path, resume=True, save_every=7)
     assert_same_run(tmp_path, whole)
-    run(
-        tmp_path, resume=True, steps=11, micro_batch=6, eval_every=3
-    )  # after running out of memory, say
+    # After running out of memory, say.
+    run(tmp_path, resume=True, steps=11, micro_batch=6, eval_every=3)
     assert [row["step"] for row in read(tmp_path) if "eval_reward" in row] == [0, 4, 8, 11]
 
 
 FOREIGN = {"state": json.dumps({"step": 1, "logs": {}, "config": {}})}
+
+
+def cut(name: str, size: int):
+    return lambda out: os.truncate(out / name, size)
+
+
+def exchange(out: Path) -> None:
+    save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, FOREIGN)
+
+
 HARM = [  # what happens to the files, settings of the resuming run, what is said
-    (
-        lambda out: None,
-        dict(resume=False),
-        "holds a run: add --resume to continue it, or --out OTHER_DIR",
-    ),
-    (
-        lambda out: None,
-        dict(norm="none", lr=2e-3),
-        "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002",
-    ),
-    (lambda out: None, dict(steps=3), "10 steps.* already, more than --steps 3"),
-    (lambda out: os.truncate(out / grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
-    (
-        lambda out: save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, FOREIGN),
-        {},
-        "state.safetensors: .* tensor",
-    ),
-    (lambda out: os.truncate(out / "prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
+    (None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
+    (None, dict(norm="none", lr=2e-3), "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002"),
+    (None, dict(steps=3), "10 steps.* already, above --steps 3"),
+    (cut(grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
+    (exchange, {}, "state.safetensors: .* tensor"),
+    (cut("prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
 ]
 
 
 @pytest.mark.parametrize(("harm", "changes", "message"), HARM)
 def test_what_cannot_be_resumed_is_named_and_left_as_it_is(whole, tmp_path, harm, changes, message):
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
-    harm(copy)
+    if harm:
+        harm(copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=message):
         run(copy, **dict(resume=True) | changes)
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
-def test_a_full_disk_is_one_line_and_costs_nothing(whole, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(grpo.TASKS, "letters", LETTERS._replace(reward=parity))
-    run(tmp_path, steps=5)
-    checkpoint, former = tmp_path / grpo.CHECKPOINT, resource.getrlimit(resource.RLIMIT_FSIZE)
-    first = checkpoint.read_bytes()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) // 2, former[1]))
-    status = command(settings(tmp_path, resume=True))
-    resource.setrlimit(resource.RLIMIT_FSIZE, former)
-    assert status == 1 and re.search(
-        "^grpo.py: stopped: .*File too large.*\n\\Z", capsys.readouterr().err, re.M
-    )
-    assert checkpoint.read_bytes() == first and list(checkpoint.parent.iterdir()) == [checkpoint]
-    run(tmp_path, resume=True)
-    assert_same_run(tmp_path, whole)
-
-
 def command(arguments) -> int:
     """Exit status of the command line, of these arguments or settings."""
     if isinstance(arguments, Config):
-        arguments = [
-            f"--{key.replace('_', '-')}={value}" for key, value in asdict(arguments).items()
-        ]
+        options = {key.replace("_", "-"): value for key, value in asdict(arguments).items()}
+        arguments = [f"--{key}={value}" for key, value in options.items()]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
         try:
@@ -1108,39 +982,35 @@ def command(arguments) -> int:
             return end.code
 
 
-@pytest.mark.parametrize(
-    ("last", "ends"), [(2, nullcontext()), (6, pytest.raises(RunError, match="5 steps in a row"))]
-)
-def test_logits_that_are_not_numbers_skip_the_step_and_five_in_a_row_end_the_run(
+FIVE = pytest.raises(RunError, match="5 steps in a row")
+
+
+@pytest.mark.parametrize(("last", "ends"), [(2, nullcontext()), (6, FIVE)])
+def test_spoiled_logits_skip_the_step_and_five_in_a_row_end_the_run(
     last, ends, tmp_path, monkeypatch
 ):
     sample, rows, steps = grpo.sample_tokens, grpo.prompt_rows, [0]
-    monkeypatch.setattr(
-        grpo, "prompt_rows", lambda step, *more: steps.append(step) or rows(step, *more)
-    )
-    spoiled = lambda logits, *more: sample(
-        logits * (math.nan if 2 <= steps[-1] <= last else 1), *more
-    )  # noqa: E731
+
+    def spoiled(logits, *more):
+        return sample(logits * (math.nan if 2 <= steps[-1] <= last else 1), *more)
+
+    def counted(step, *more):
+        return steps.append(step) or rows(step, *more)
+
+    monkeypatch.setattr(grpo, "prompt_rows", counted)
     monkeypatch.setattr(grpo, "sample_tokens", spoiled)
     with ends:
         run(tmp_path, steps=8, eval_every=0)
     log = [row for row in read(tmp_path) if "skipped" in row]
-    for sign in (
-        lambda row: row["skipped"],
-        lambda row: row["grad_norm"] is row["entropy"] is None,
-    ):
-        assert [row["step"] for row in log if sign(row)] == list(range(2, last + 1))
+    assert [row["step"] for row in log if row["skipped"]] == [*range(2, last + 1)]
+    assert all((row["grad_norm"] is row["entropy"] is None) == row["skipped"] for row in log)
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / grpo.CHECKPOINT).values())
 
 
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
-        (lambda *_: 1 / 0, "division by zero"),
-        (lambda *_: math.nan, "finite"),
-        (lambda *_: None, "TypeError"),
-    ],
-)
+FAILING = [(lambda *_: 1 / 0, "division by zero"), (lambda *_: math.nan, "finite")]
+
+
+@pytest.mark.parametrize(("reward", "message"), [*FAILING, (lambda *_: None, "TypeError")])
 def test_a_reward_that_fails_names_completion_and_answer(reward, message, tmp_path):
     with pytest.raises(RunError, match=f"{message}.*'[0-9]*'.*answer='[0-9]{{3}}'"):
         run(tmp_path, reward)
@@ -1150,43 +1020,46 @@ def test_rewards_outside_zero_and_one_have_no_pass_rate(tmp_path):
     run(tmp_path, lambda *x: 3 * parity(*x) - 1, steps=1, eval_problems=4)
     line, final = read(tmp_path)
     assert line["pass_rate"] is line["eval_pass_rate"] is final["eval_greedy"] is None
-    assert line["eval_reward"] == np.mean(
-        [row["reward"] for row in read(tmp_path, "samples.jsonl")[:4]]
-    )
+    samples = read(tmp_path, "samples.jsonl")[:4]
+    assert line["eval_reward"] == np.mean([row["reward"] for row in samples])
     rates = grpo.pass_rates(torch.tensor([[0.0, 1.0, 0.5, 1.0], [0.0, 2.0, 1.0, 1.0]]))
     np.testing.assert_equal(rates.numpy(), [0.5, math.nan])
 
 
-# ----------------------------------------------------- processes -----------------------------------------------------
+# ------------------------------------------- processes --------------------------------------------
 
 
-def process(config: Config, rank: int, size: int, port: int, dies: bool) -> None:
-    """One of the processes that torchrun would start; the last one may die."""
-    os.environ |= dict(
-        RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="localhost", MASTER_PORT=str(port)
-    )
+def process(config: Config, rank: int, size: int, port: int, death: int) -> None:
+    """One of the processes that torchrun would start; the last may die, at a call of its reward."""
+    where = dict(RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ |= where | dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    reward = at_call(
-        60 if dies and rank == size - 1 else -1, lambda: os.kill(os.getpid(), signal.SIGKILL)
-    )
+    death = death if rank == size - 1 else -1
+    reward = at_call(death, lambda: os.kill(os.getpid(), signal.SIGKILL))
     grpo.TASKS["letters"] = LETTERS._replace(reward=reward)
     sys.exit(command(config))
 
 
-def start(config: Config, size: int = 1, dies: bool = False) -> list:
-    server = multiprocessing.get_context(
-        "forkserver"
-    )  # forks from a process that has imported torch, and done no more
-    server.set_forkserver_preload(["test_grpo", "peft"])
+# Forks from a process that has imported torch, and done no more.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_grpo", "peft"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server(request) -> None:
+    """The process from which others fork starts at once: its imports run beside the first tests."""
+    if len(request.session.items) > 1:
+        multiprocessing.forkserver.ensure_running()
+
+
+def start(config: Config, size: int = 1, death: int = -1) -> list:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [
-        server.Process(target=process, args=(config, rank, size, port, dies))
-        for rank in range(size)
-    ]
-    for each in processes:
-        each.start()
+    each = [(config, rank, size, port, death) for rank in range(size)]
+    processes = [SERVER.Process(target=process, args=arguments) for arguments in each]
+    for one in processes:
+        one.start()
     return processes
 
 
@@ -1198,10 +1071,9 @@ def statuses(processes) -> list[int]:
 
 
 @slow
-@pytest.mark.parametrize(("kills", "steps"), [(50, 20)])
-def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_path):
-    """SIGKILL at seeded moments, until `kills` of them have hit; a checkpoint is written at every second step."""
-    config = settings(tmp_path / "whole", save_every=2, steps=steps)
+def test_killed_at_random_moments_a_run_resumes_to_the_bit(tmp_path):
+    """SIGKILL at seeded moments, until 50 have hit; a checkpoint at every second step."""
+    config, kills = settings(tmp_path / "whole", save_every=2, steps=20), 50
     assert statuses(start(replace(config, steps=0))) == [0]  # with all that there is to prepare
     began = time.perf_counter()
     assert statuses(start(replace(config, resume=True))) == [0]
@@ -1209,9 +1081,8 @@ def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_pat
     while kills:
         out, status = tmp_path / str(kills), None
         while status is None:
-            (running,) = start(
-                replace(config, out=str(out), resume=(out / grpo.CHECKPOINT).exists())
-            )
+            resume = (out / grpo.CHECKPOINT).exists()
+            (running,) = start(replace(config, out=str(out), resume=resume))
             running.join(rng.uniform(0, length) if kills else None)
             status, kills = running.exitcode, kills - (running.exitcode is None)
             running.kill()
@@ -1221,35 +1092,47 @@ def test_killed_at_random_moments_a_run_resumes_to_the_bit(kills, steps, tmp_pat
         shutil.rmtree(out)
 
 
-MORE = [
-    dict(norm="none", agg="mean", probe_every=-1),
-    dict(norm="var", kl=0.1, epochs=2, probe_every=-1),
-]
-MORE += [dict(lora=4, lr=1.0)]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "changes"),
-    [("12", dict(norm="batch", agg="token")), *(pytest.param("123", x, marks=slow) for x in MORE)],
-)
-def test_the_number_of_processes_changes_nothing(sizes, changes, tmp_path):
+def assert_like(out, other) -> None:
     """The same tokens at every step, so the same logs but for rounding, and the same weights."""
-    changes = dict(steps=5, prompts=4, optimizer="sgd", lr=0.1, probe_every=2) | changes
-    paths = [tmp_path / size for size in sizes]
-    for path in paths:
-        assert {*statuses(start(settings(path, **changes), int(path.name)))} == {0}
-    for path in paths[1:]:
-        assert read(path, "samples.jsonl") == read(paths[0], "samples.jsonl")
-        for name in grpo.LOGS[:2]:
-            ours, theirs = (pd.DataFrame(read(out, name)) for out in (path, paths[0]))
-            exact = {"reward", "length", "prompt", "pass_rate"}
-            for key in {*KEYS.split(), *MEASURES.split(), *exact, "fisher", "cos_update"} & {
-                *theirs
-            } - {"logprob_gap"}:
-                a, b = (x[key].astype(float) for x in (ours, theirs))
-                np.testing.assert_allclose(a, b, *((1e-12, 0) if key in exact else (1e-2, 1e-4)))
-        ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in (path, paths[0]))
-        assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
+    assert read(out, "samples.jsonl") == read(other, "samples.jsonl")
+    exact = {"reward", "length", "prompt", "pass_rate"}
+    compared = {*KEYS.split(), *MEASURES.split(), *exact, "fisher", "cos_update"} - {"logprob_gap"}
+    for name in grpo.LOGS[:2]:
+        ours, theirs = (pd.DataFrame(read(path, name)) for path in (out, other))
+        for key in compared & {*theirs}:
+            a, b = (x[key].astype(float) for x in (ours, theirs))
+            np.testing.assert_allclose(a, b, *((1e-12, 0) if key in exact else (1e-2, 1e-4)))
+    ours, theirs = (load_file(path / grpo.CHECKPOINT) for path in (out, other))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
+
+
+SHARED_OUT = dict(steps=5, prompts=4, optimizer="sgd", lr=0.1, probe_every=2)
+MORE = [dict(norm="none", agg="mean", probe_every=-1), dict(lora=4, lr=1.0)]
+MORE += [dict(norm="var", kl=0.1, epochs=2, probe_every=-1)]
+
+
+@slow
+@pytest.mark.parametrize("changes", MORE)
+def test_the_number_of_processes_changes_nothing(changes, tmp_path):
+    run(tmp_path / "1", **SHARED_OUT | changes)
+    for size in (2, 3):
+        out = tmp_path / str(size)
+        assert {*statuses(start(settings(out, **SHARED_OUT | changes), size))} == {0}
+        assert_like(out, tmp_path / "1")
+
+
+def test_a_process_that_dies_ends_the_others_and_another_number_goes_on(tmp_path, monkeypatch):
+    """Of 3 the last dies in step 3, after 2 * 7 rewards of the evaluation and 3 * 10 of steps."""
+    changes = SHARED_OUT | dict(norm="batch", agg="token", save_every=2)
+    config = settings(tmp_path / "run", **changes)
+    assert statuses(start(config, 3, death=14 + 30 + 5)) == [1, 1, -signal.SIGKILL]
+    assert len(read(tmp_path / "run")) == 3
+    assert statuses(start(replace(config, resume=True), 2)) == [0, 0]
+    run(tmp_path / "whole", **changes)
+    assert_like(tmp_path / "run", tmp_path / "whole")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(InputError, match="4 prompts a step are too few for 5 processes"):
+        run(tmp_path / "other", **changes)
 
 
 def test_an_unexpected_error_keeps_its_traceback_and_a_lost_process_is_one_line(monkeypatch):
@@ -1266,10 +1149,13 @@ def test_an_unexpected_error_keeps_its_traceback_and_a_lost_process_is_one_line(
 
 def test_each_process_evaluates_its_share_in_batches_of_its_share(tmp_path, monkeypatch):
     config, sizes, rollout = settings(tmp_path, prompts=2, group=4), [], grpo.rollout
+
+    def counted(policy, prompts, *more):
+        sizes.append(len(prompts))
+        return rollout(policy, prompts, *more)
+
     policy = grpo.load_policy(config)
-    monkeypatch.setattr(
-        grpo, "rollout", lambda p, x, *more: sizes.append(len(x)) or rollout(p, x, *more)
-    )
+    monkeypatch.setattr(grpo, "rollout", counted)
     problems = grpo.encode_problems(grpo.load_rows(LETTERS.test, False)[:9], policy, config)
     whole, samples = grpo.evaluate(policy, problems, range(9), 1, parity, config)
     monkeypatch.setattr(grpo, "gather", lambda part: part)
@@ -1278,103 +1164,59 @@ def test_each_process_evaluates_its_share_in_batches_of_its_share(tmp_path, monk
     assert whole["eval_pass_rate"] == whole["eval_reward"]
 
 
-def test_a_process_that_dies_ends_the_others_and_the_run_resumes_with_another_number(
-    tmp_path, monkeypatch
-):
-    config = settings(
-        tmp_path / "run", prompts=3, save_every=2, eval_every=0, optimizer="sgd", **UNMEASURED
-    )
-    assert statuses(start(config, 3, dies=True)) == [1, 1, -signal.SIGKILL]
-    assert statuses(start(replace(config, resume=True), 2)) == [0, 0]
-    run(tmp_path / "whole", prompts=3, eval_every=0, optimizer="sgd", **UNMEASURED)
-    ours, theirs = ([row.get("reward") for row in read(tmp_path / out)] for out in ("run", "whole"))
-    assert ours == theirs and len(ours) == 11
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="3 prompts a step are too few for 4 processes"):
-        run(tmp_path / "other")
-
-
-# ------------------------------------------------- tasks and rewards -------------------------------------------------
+# --------------------------------------- tasks and rewards ----------------------------------------
 
 GRADES = r"""
-18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18 ¦ #### 18 dollars ¦ #### The answer is 18
-18 ✓ #### **18** ¦ #### 10 + 8 = 18 ¦ I think 12, no, 18. ‖ 18 ✗ #### 17 or 18 ¦ #### ¦ nothing ¦  ¦ 180 ¦ \boxed{18
-17 ✗ \boxed{17} \boxed{18 ‖ 12 ✗ I think 12, no, 18. ¦ #### 1,2 ‖ 7 ✓ #### +7 ¦ so \fbox{7} of 8 ✗ #### -7
--7 ✓ #### -7 ¦ #### −7 ¦ #### - 7 ¦ #### -$7 ¦ #### $-7 ‖ 1200 ✓ #### $1,200 ¦ It costs $1,200. ‖ 200 ✗ #### $1,200
-1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1 ‖ 1234.5 ✓ \boxed{\$1,234.50} ‖ 7.5 ✓ \boxed{\$7.50}
-10000 ✓ \boxed{10,\!000} ‖ 3.5 ✓ \boxed 3.5.
+18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18
+18 ✓ #### 18 dollars ¦ #### The answer is 18
+18 ✓ #### **18** ¦ #### 10 + 8 = 18 ¦ I think 12, no, 18.
+18 ✗ #### 17 or 18 ¦ #### ¦ nothing ¦  ¦ 180 ¦ \boxed{18 ‖ 17 ✗ \boxed{17} \boxed{18
+12 ✗ I think 12, no, 18. ¦ #### 1,2 ‖ 7 ✓ #### +7 ¦ so \fbox{7} of 8 ✗ #### -7
+-7 ✓ #### -7 ¦ #### −7 ¦ #### - 7 ¦ #### -$7 ¦ #### $-7 ‖ 1200 ✓ #### $1,200 ¦ It costs $1,200.
+200 ✗ #### $1,200 ‖ 1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1
+1234.5 ✓ \boxed{\$1,234.50} ‖ 7.5 ✓ \boxed{\$7.50} ‖ 10000 ✓ \boxed{10,\!000} ‖ 3.5 ✓ \boxed 3.5.
 3 ✓ pages 1-3 ¦ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
-4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples ‖ 50 ✓ #### 50% ¦ #### 50\%
-5 ✓ #### €5 ¦ #### 5 km/hour ¦ #### 5 m ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x ‖ 1/2 ✓ #### .5
-0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12} ‖ 2 ✗ \boxed{2\pi} ¦ \boxed{\sqrt{2}}
-2\sqrt{2} ✓ \boxed{\sqrt{8}} ‖ \text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob}
-90 ✓ \boxed{90^\circ} ‖ \left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
-(-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864} ‖ 15 ✓ \boxed{15 \text{ cm}^{3}}
-\text{e} ✗ \boxed{\text{e}^2} ‖ (3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
+4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples
+50 ✓ #### 50% ¦ #### 50\%
+5 ✓ #### €5 ¦ #### 5 km/hour ¦ #### 5 m ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x
+1/2 ✓ #### .5 ‖ 0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12}
+2 ✗ \boxed{2\pi} ¦ \boxed{\sqrt{2}} ‖ 2\sqrt{2} ✓ \boxed{\sqrt{8}}
+\text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob} ‖ 90 ✓ \boxed{90^\circ}
+\left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
+(-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864}
+15 ✓ \boxed{15 \text{ cm}^{3}} ‖ \text{e} ✗ \boxed{\text{e}^2}
+(3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
 -5 ✓ it is −5 ¦ −$5.\n ✗ 3 - 5 ‖ 3/4 ✓ so 3/4 ¦ 0.75\n ✗ 4 ‖ 4 ✗ it is 3/4 ¦ 1.5e3 ‖ 3 ✗ 3/4 ¦ 1.5e3
-1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ✗ 1.5e2 ‖ 10 ✗ 1e100 ‖ 5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n
-1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}} ‖ -3 ✓ it is -3
+1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ✗ 1.5e2 ‖ 10 ✗ 1e100
+5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n ‖ 1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}}
+-3 ✓ it is -3
 """
 
 
 @pytest.mark.parametrize("line", re.split(" ‖ |\n", GRADES.strip()))
 def test_grade(line):
-    """A gold answer, and completions that have it, or do not; also in a thread, without signals to stop a parser."""
+    """A gold answer, and completions that have it, or do not; also in a thread, without signals to
+    stop a parser."""
     answer, *parts = re.split(" ([✓✗]) ", line.replace("\\n", "\n"))
     with ThreadPoolExecutor(1) as pool:
         for mark, completions in zip(parts[::2], parts[1::2]):
             for completion in completions.split(" ¦ "):
-                grades = (
-                    grpo.grade(completion, answer),
-                    pool.submit(grpo.grade, completion, answer).result(),
-                )
-                assert grades == (mark == "✓",) * 2, completion
+                there = pool.submit(grpo.grade, completion, answer).result()
+                assert grpo.grade(completion, answer) == there == (mark == "✓"), completion
 
 
 REPEATED = dict(deadline=None, database=None, derandomize=True)  # the same examples at every run
 # What stands around an answer, or around the line that marks one; what marks it.
-AROUND = [
-    "{}",
-    "{}\n",
-    "{}\n\n",
-    " {} ",
-    "{}.",
-    "{}.\n",
-    "**{}**",
-    "**{}.**\n",
-    "${}$",
-    "${}$.",
-    "`{}`",
-    "x = {} \n",
-]
-AROUND += ["```\n{}\n```", "```text\n{}\n```\n", "\n\n{}"]
-MARKS = [
-    "{}",
-    "I think 12, no, {}",
-    "#### {}",
-    "so 12:\n#### {}",
-    "#### **{}**",
-    "#### ${}$",
-    "\\boxed{{{}}}",
-]
-FORMS = [
-    "{}",
-    "{} km",
-    "{} apples",
-    "{} km/hour",
-    "{} square feet.",
-    "{}%",
-    "{}\\%",
-    "${}",
-    "\\${}",
-    "€{}",
-    "{} €",
-]
+AROUND = "{}¦{}\n¦{}\n\n¦ {} ¦{}.¦{}.\n¦**{}**¦**{}.**\n¦${}$¦${}$.¦`{}`¦x = {} \n"
+AROUND += "¦```\n{}\n```¦```text\n{}\n```\n¦\n\n{}"
+MARKS = "{}¦I think 12, no, {}¦#### {}¦so 12:\n#### {}¦#### **{}**¦#### ${}$¦\\boxed{{{}}}"
+FORMS = "{}¦{} km¦{} apples¦{} km/hour¦{} square feet.¦{}%¦{}\\%¦${}¦\\${}¦€{}¦{} €"
 
 
 @pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=slow)])
 def test_a_right_number_earns_1_in_every_form_and_its_neighbour_0(examples):
-    """Signs, thousands, decimals, percent, currency, units; the neighbour differs by one in the last digit."""
+    """Signs, thousands, decimals, percent, currency, units; the neighbour differs by one in the
+    last digit."""
 
     def check(value, decimals, sign, thousands, form, mark, around, inner):
         def text(number):
@@ -1386,24 +1228,20 @@ def test_a_right_number_earns_1_in_every_form_and_its_neighbour_0(examples):
             completion = around.format(mark.format(text(number)))
             assert grpo.grade(completion, gold) == grade, (completion, gold)
 
-    small, signs = st.integers(0, 10**6), st.sampled_from(["", "-", "−", "+"])
-    parts = [
-        small,
-        st.integers(0, 3),
-        signs,
-        st.booleans(),
-        *map(st.sampled_from, (FORMS, MARKS, AROUND)),
-        st.booleans(),
-    ]
+    flags, signs = st.booleans(), st.sampled_from(["", "-", "−", "+"])
+    shapes = (st.sampled_from(texts.split("¦")) for texts in (FORMS, MARKS, AROUND))
+    parts = st.integers(0, 10**6), st.integers(0, 3), signs, flags, *shapes, flags
     hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(*parts)(check))()
 
 
 # fmt: off
 HOSTILE = [
-    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200, "{" * 200, "x" * 250,
-    "9" * 10**6, "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6, "a" * 10**6, "-" * 10**6, " " * 10**6,
-    "\\text{" * 10**5, "^" * 10**5, "(" * 10**5 + "," * 10**5, "\\sqrt{" * 60 + "2" + "}" * 60, "\\int_0^1 x^{x^x}",
-    "\\frac{1}{0}", "٣", "\0", "$" * 999, pytest.param("\\sum_{n=1}^{9999} \\frac{1}{n^9}", marks=slow),
+    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200,
+    "{" * 200, "x" * 250, "9" * 10**6, "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6,
+    "a" * 10**6, "-" * 10**6, " " * 10**6, "\\text{" * 10**5, "^" * 10**5,
+    "(" * 10**5 + "," * 10**5, "\\int_0^1 x^{x^x}", "\\sqrt{" * 60 + "2" + "}" * 60,
+    "\\frac{1}{0}", "٣", "\0", "$" * 999,
+    pytest.param("\\sum_{n=1}^{9999} \\frac{1}{n^9}", marks=slow),
 ]
 # fmt: on
 
@@ -1416,26 +1254,27 @@ def test_hostile_completions_get_no_reward_in_bounded_time(text):
         assert time.perf_counter() - began < 3
 
 
-@pytest.mark.parametrize(
-    "text", ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301]
-)
+STRANGE = ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301]
+
+
+@pytest.mark.parametrize("text", STRANGE)
 def test_what_no_answer_is_like_is_never_parsed(text, monkeypatch):
     """The parser needs a second and a hundred megabytes for such a text, and keeps some of them."""
     parsed = []
     monkeypatch.setattr("math_verify.parse", lambda text, **_: parsed.append(text) or [])
-    assert (
-        grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0
-        and parsed == []
-    )
+    assert grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0
+    assert parsed == []
 
 
 ROWS = r"""
 {"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 4"} -> 4
 {"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."} -> \frac{1}{2}
 {"prompt": "q", "solution": "\\boxed{1} \\boxed{2}", "final_answer": 7} -> 7
-{"text": "q", "answer": "1"} -> ! no column of each ‖ {"question": "q", "reply": "1"} -> ! no column .*answer
+{"text": "q", "answer": "1"} -> ! no column of each
+{"question": "q", "reply": "1"} -> ! no column .*answer
 {"question": "q", "answer": ""} -> ! row 1: ‖ {"question": "q", "answer": null} -> ! row 1:
-{"question": "q", "answer": "\\frac{1}{2"} -> ! row 1: ‖ {"question": "q", "answer": "#### "} -> ! row 1:
+{"question": "q", "answer": "\\frac{1}{2"} -> ! row 1:
+{"question": "q", "answer": "#### "} -> ! row 1:
 {"question": " ", "answer": "1"} -> ! row 1: no question
 """
 
@@ -1454,22 +1293,19 @@ def test_columns_are_found_by_name_and_unusable_rows_named(line):
 def test_a_split_of_a_data_set_is_loaded_with_or_without_a_configuration(tmp_path):
     for split, answer in (("train", 1), ("test", 2)):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "q", "answer": answer}))
-    assert (
-        grpo.load_rows(f"{tmp_path}:test", True)
-        == grpo.load_rows(f"{tmp_path}:default:test", True)
-        == [("q", "2")]
-    )
+    found = [grpo.load_rows(f"{tmp_path}:{name}", True) for name in ("test", "default:test")]
+    assert found == [[("q", "2")]] * 2
+
+
+FILES = dict(gsm8k_test="gsm8k", svamp="gsm8k", math500="math")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
-@pytest.mark.parametrize(
-    ("file", "task"), [("gsm8k_test", "gsm8k"), ("svamp", "gsm8k"), ("math500", "math")]
-)
+@pytest.mark.parametrize(("file", "task"), FILES.items())
 def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
     path = f"{DATA}/{file}.jsonl"
-    train, test = grpo.load_problems(
-        Config(task=task, data=path, eval_problems=100), None, grpo.grade
-    )
+    config = Config(task=task, data=path, eval_problems=100)
+    train, test = grpo.load_problems(config, None, grpo.grade)
     raw = pd.read_json(path, lines=True, dtype=False).rename(columns={"problem": "question"})
     golds = [answer.split("####")[-1].strip() for answer in raw.answer]
     assert sorted(train + test) == sorted(zip(raw.question, golds))
@@ -1478,11 +1314,11 @@ def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
 
 # What answers are made of, what breaks parsers, and what takes for ever if one lets it.
 # fmt: off
-PIECES = st.sampled_from(
-    ["\\boxed{", "####", "{", "}", "\\frac", "\\sqrt[", "^{", "!", "9" * 10**6, "1e999999", "٣", "½", "\0", "\ud800",
-     "\\left(", "\\begin{pmatrix}", "&", "\\\\", "=", "$", ",", ".", "-", "/", "0", "7", "x", " ", "\n", "\\int",
-     "1,200", "%", "\\text{", "^" * 50, "(" * 300, "é" * 10**6, "9!!!!!!!!", "2^{3^{4^{5^6}}}"]
-)
+PIECES = st.sampled_from([
+    "\\boxed{", "####", "\\frac", "\\sqrt[", "^{", "9" * 10**6, "1e999999", "\\left(", "\\\\",
+    "\\int", "\\begin{pmatrix}", "1,200", "\\text{", "^" * 50, "(" * 300, "é" * 10**6, "9!!!!!!!!",
+    "2^{3^{4^{5^6}}}", *"{}!٣½\0\ud800&=$,.-/07x \n%",
+])
 # fmt: on
 PARTS = st.one_of(st.lists(PIECES, max_size=12), st.text(max_size=60))  # to be joined
 thorough = pytest.mark.parametrize("examples", [50, pytest.param(5_000, marks=slow)])
@@ -1494,21 +1330,19 @@ def test_grade_bears_anything(examples):
         began = time.perf_counter()
         assert grpo.grade(*map("".join, parts)) in (0.0, 1.0) and time.perf_counter() - began < 3
 
-    pairs = st.tuples(
-        PARTS, PARTS
-    )  # hypothesis keeps what it makes: joined texts would be gigabytes of its own
-    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731, peak in GB
-    before = memory()
+    # Hypothesis keeps what it makes: joined texts would be gigabytes of its own.
+    pairs = st.tuples(PARTS, PARTS)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731, in GB
+    before = peak()
     hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(pairs)(check))()
-    assert memory() - before < 0.5
+    assert peak() - before < 0.5
 
 
 @thorough
 def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
     values = st.one_of(PARTS.map("".join), st.none(), st.integers(-(2**62), 2**62), st.floats())
-    rows = st.dictionaries(
-        st.sampled_from(["question", "problem", "answer", "solution", "x"]), values
-    )
+    names = st.sampled_from(["question", "problem", "answer", "solution", "x"])
+    rows = st.dictionaries(names, values)
     lines = st.one_of(rows.map(lambda row: json.dumps(row).encode()), st.binary(max_size=40))
 
     def check(lines):
@@ -1520,19 +1354,16 @@ def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
         except InputError as error:
             assert "\n" not in str(error) and str(path) in str(error)
 
-    hypothesis.settings(max_examples=examples // 3, **REPEATED)(
-        hypothesis.given(st.lists(lines, max_size=3))(check)
-    )()
+    few = hypothesis.settings(max_examples=examples // 3, **REPEATED)
+    few(hypothesis.given(st.lists(lines, max_size=3))(check))()
 
 
 @pytest.mark.parametrize("name", ["letters", "arith"])
 def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
     task, shifts = grpo.TASKS[name], set()
     train, test = (grpo.load_rows(path, False) for path in (task.train, task.test))
-    assert (
-        len(test) == 512
-        and len({q for q, _ in train} | {q for q, _ in test}) == len(train) + 512 > 5000
-    )
+    questions = [{question for question, _ in rows} for rows in (train, test)]
+    assert len(test) == 512 and len(set.union(*questions)) == len(train) + 512 > 5000
     for question, answer in train + test:
         a, b = question.removesuffix("=").split("+")
         if name == "letters":  # each digit plus the letter's own one
@@ -1542,19 +1373,21 @@ def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
     assert len(shifts) == len(dict(shifts)) == (6 if name == "letters" else 0)
 
 
-# ----------------------------------------- command line, models and the claim -----------------------------------------
+# ------------------------------- command line, models and the claim -------------------------------
 
 
 BAD = """
 --nrom std -> unrecognized arguments: --nrom std ‖ --norm sd -> invalid choice: 'sd'
---group 1 -> group is 1, not a number from 2 on ‖ --group x -> invalid int value: 'x' ‖ --lora -1 -> lora is -1
---lora 4.5 -> invalid int value: '4.5' ‖ --lr nan -> lr is nan ‖ --lr -1 -> lr is -1.0, not a number from 0 on
---lr inf -> lr is inf ‖ --temperature 0 -> temperature is 0 ‖ --prompts 0 -> prompts is 0 ‖ --steps -1 -> steps is -1
---data nowhere.jsonl -> cannot load nowhere.jsonl ‖ --eval-data nowhere.jsonl -> cannot load nowhere.jsonl
---data /dev/null -> cannot load /dev/null ‖ --instruction hi -> has no {question}
---model nowhere/at-all -> --model DIR --data FILE.jsonl ‖ --resume -> state.safetensors
---task gsm8k -> cannot load openai/gsm8k ‖ --max-new-tokens 500 -> the context of 128
---out /dev/null/run -> /dev/null/run ‖ --device tpu9 -> device tpu9 cannot be used
+--group 1 -> group is 1, not a number from 2 on ‖ --group x -> invalid int value: 'x'
+--lora -1 -> lora is -1 ‖ --lora 4.5 -> invalid int value: '4.5' ‖ --lr nan -> lr is nan
+--lr -1 -> lr is -1.0, not a number from 0 on ‖ --lr inf -> lr is inf
+--temperature 0 -> temperature is 0 ‖ --prompts 0 -> prompts is 0 ‖ --steps -1 -> steps is -1
+--data nowhere.jsonl -> cannot load nowhere.jsonl
+--eval-data nowhere.jsonl -> cannot load nowhere.jsonl ‖ --data /dev/null -> cannot load /dev/null
+--instruction hi -> has no {question} ‖ --model nowhere/at-all -> --model DIR --data FILE.jsonl
+--resume -> state.safetensors ‖ --task gsm8k -> cannot load openai/gsm8k
+--max-new-tokens 500 -> the context of 128 ‖ --out /dev/null/run -> /dev/null/run
+--device tpu9 -> device tpu9 cannot be used
 """
 
 
@@ -1577,33 +1410,24 @@ def test_help_shows_every_setting_and_its_default(capsys):
     shown, source = " ".join(capsys.readouterr().out.split()), inspect.getsource(Config)
     for field in fields(Config):
         (comment,) = re.findall(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
-        assert (
-            f"--{field.name.replace('_', '-')}" in shown
-            and f"{comment} (default: {field.default})" in shown
-        )
+        assert f"--{field.name.replace('_', '-')}" in shown
+        assert f"{comment} (default: {field.default})" in shown
 
 
 def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_executed(tmp_path):
-    mark, marker = (
-        tmp_path / "executed",
-        type("Marker", (), {"__reduce__": lambda _: (Path.touch, (mark,))}),
-    )
+    mark, reduce = tmp_path / "executed", lambda _: (Path.touch, (mark,))
+    marker = type("Marker", (), {"__reduce__": reduce})
     save_model("mamba", tmp_path / "mamba")  # whose state is not in a cache of keys and values
-    foreign, pickled = (
-        Path(shutil.copytree(LETTERS.model, tmp_path / name)) for name in ("foreign", "pickled")
-    )
-    (foreign / "config.json").write_text(
-        '{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}'
-    )
+    foreign = Path(shutil.copytree(LETTERS.model, tmp_path / "foreign"))
+    pickled = Path(shutil.copytree(LETTERS.model, tmp_path / "pickled"))
+    own = '{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}'
+    (foreign / "config.json").write_text(own)
     (foreign / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
     (pickled / "model.safetensors").unlink()
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
-    for name, message in (
-        ("foreign", "cannot load"),
-        ("pickled", "cannot load"),
-        ("mamba", "model .* cannot be used"),
-    ):
-        with pytest.raises(InputError, match=message):
+    why = dict(foreign="cannot load", pickled="cannot load", mamba="model .* cannot be used")
+    for name in why:
+        with pytest.raises(InputError, match=why[name]):
             run(tmp_path / "run", model=f"{tmp_path}/{name}")
     assert not mark.exists() and not (tmp_path / "run").exists()
 
@@ -1611,20 +1435,15 @@ def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_execut
 @slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_command_line_says_how_to_resume(number, status, tmp_path):
-    line, log = (
-        [sys.executable, grpo.__file__, "--prompts=4", f"--out={tmp_path}"],
-        tmp_path / "metrics.jsonl",
-    )
+    line = [sys.executable, grpo.__file__, "--prompts=4", f"--out={tmp_path}"]
+    log = tmp_path / "metrics.jsonl"
     process = subprocess.Popen([*line, "--steps=5000"], stderr=subprocess.PIPE, text=True)
     while not log.exists() and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert (
-        process.returncode == status
-        and "with --resume goes on" in error
-        and "Traceback" not in error
-    )
+    assert process.returncode == status
+    assert "with --resume goes on" in error and "Traceback" not in error
     steps = len(read(tmp_path)) + 1
     assert subprocess.run([*line, f"--steps={steps}", "--resume"]).returncode == 0
     assert [row["step"] for row in read(tmp_path)] == list(range(steps + 1))
@@ -1640,7 +1459,8 @@ def test_on_cuda_rollout_and_training_agree(tmp_path):
 @pytest.mark.parametrize("norm", ["none", "std"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_default_run_learns(norm, seed, tmp_path):
-    """The README's first command: at least 0.25 gained on problems not trained on, and above 0.8 in the end."""
+    """The README's first command: at least 0.25 gained on problems not trained on, and above 0.8 in
+    the end."""
     began = time.perf_counter()
     assert command([f"--norm={norm}", f"--seed={seed}", f"--out={tmp_path}"]) == 0
     metrics = read(tmp_path)
@@ -1648,30 +1468,18 @@ def test_the_default_run_learns(norm, seed, tmp_path):
     assert time.perf_counter() - began < 300
 
 
-# ----------------------------------------------------- analyze.py ----------------------------------------------------
+# ------------------------------------------- analyze.py -------------------------------------------
 
-SHAPES = {
-    "level": [0, 0, 1, 1],
-    "narrows": [0, 0, 1, 0.4],
-    "none": [0] * 4,
-    "grows": [0, 0.3, 0.7, 1],
-}
-SHAPES |= {
-    "constant": [1] * 4,
-    "late": [0, 0, 0.5, 1],
-    "behind": [-1, -1, 0, 0],
-    "lead": [0.7, 0.7, 1, 1],
-}
-TRUE = [
-    f"{name}{how}"
-    for name in ("level", "narrows")
-    for how in ("", " smooth", " onsets", " smooth onsets")
-]
+SHAPES = dict(level=[0, 0, 1, 1], narrows=[0, 0, 1, 0.4], none=[0] * 4, grows=[0, 0.3, 0.7, 1])
+SHAPES |= dict(constant=[1] * 4, late=[0, 0, 0.5, 1], behind=[-1, -1, 0, 0], lead=[0.7, 0.7, 1, 1])
+HOW = "", " smooth", " onsets", " smooth onsets"
+TRUE = [f"{name}{how}" for name in ("level", "narrows") for how in HOW]
 FALSE = ["none", "grows", "late", "constant", "behind", "lead", "dip"]
 
 
 def detected(kind: str, count: int) -> tuple[float, float]:
-    """Shares of series (4 runs, 300 steps, AR(1) noise) with phases found, and with both boundaries within 15 steps."""
+    """Shares of series (4 runs, 300 steps, AR(1) noise) with phases found, and with both boundaries
+    within 15 steps."""
     rng, t, found, close = np.random.default_rng(7), np.arange(300), 0, 0
     for _ in range(count):
         top, a = rng.uniform(0.05, 0.06), rng.uniform(60, 130)
@@ -1683,13 +1491,10 @@ def detected(kind: str, count: int) -> tuple[float, float]:
         for row, shift in zip(gap, rng.uniform(-15, 15, 4) * ("onsets" in kind), strict=True):
             knots = [0, a + shift, b + shift, 300] if kind != "late" else [0, a, (a + 300) / 2, 300]
             shape = np.interp(t, knots, SHAPES.get(kind.split()[0], [0] * 4))
-            shape = (
-                walk
-                if kind == "walk"
-                else np.interp(t, [a, (a + b) / 2, b], [0, -1, 0])
-                if kind == "dip"
-                else shape
-            )
+            if kind == "walk":
+                shape = walk
+            elif kind == "dip":
+                shape = np.interp(t, [a, (a + b) / 2, b], [0, -1, 0])
             smooth = np.convolve(np.pad(shape, 6, "edge"), np.ones(12) / 12, "same")[6:-6]
             row += top * (smooth if "smooth" in kind else shape)
         result = analyze.detect_phases(gap, 0 * gap, 0 * gap)
@@ -1699,9 +1504,8 @@ def detected(kind: str, count: int) -> tuple[float, float]:
 
 
 def test_phases_are_found_where_they_are_and_not_elsewhere():
-    assert (
-        detected("level smooth onsets", 8)[0] >= 5 / 8
-    )  # at a share of 0.85 there are fewer once in 350 times
+    # At a share of 0.85 there are fewer once in 350 times.
+    assert detected("level smooth onsets", 8)[0] >= 5 / 8
     assert sum(detected(kind, 1)[0] for kind in FALSE) <= 1
 
 
@@ -1709,15 +1513,15 @@ def test_phases_are_found_where_they_are_and_not_elsewhere():
 @pytest.mark.parametrize("kind", [*TRUE, *FALSE, "walk"])
 def test_a_hundred_series_of_every_kind(kind):
     found, close = detected(kind, 100)
-    assert (
-        found >= 0.85 and close >= 0.6
-        if kind in TRUE
-        else found <= (0.2 if kind == "walk" else 0.05)
-    )
+    if kind in TRUE:
+        assert found >= 0.85 and close >= 0.6
+    else:
+        assert found <= (0.2 if kind == "walk" else 0.05)
 
 
 def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray]:
-    """Sum of squares, knots and residuals of the best broken line through 30 values, by a regression for each."""
+    """Sum of squares, knots and residuals of the best broken line through 30 values, by a
+    regression for each."""
     t, found = np.arange(30), []
     for knots in itertools.combinations(range(3, 28), count):
         if all(b - a >= 3 for a, b in itertools.pairwise(knots)):
@@ -1729,61 +1533,41 @@ def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray
 
 @pytest.mark.parametrize("seed", range(2))
 def test_lines_and_their_number_are_those_of_all_regressions(seed):
-    y = np.interp(
-        np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1]
-    ) + 0.3 * np.random.default_rng(seed).normal(size=30)
+    line = np.interp(np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1])
+    y = line + 0.3 * np.random.default_rng(seed).normal(size=30)
     fits = [brute(y, count) for count in range(4)]
     noise = fits[3][2]
     rho = max(0, noise[1:] @ noise[:-1] / (noise @ noise))
     size = 30 * (1 - rho) / (1 + rho)
-    scores = [
-        size * math.log(left) + (2 + 2 * k) * math.log(size) for k, (left, _, _) in enumerate(fits)
-    ]
+    costs = [(2 + 2 * k) * math.log(size) for k in range(4)]
+    scores = [size * math.log(left) + cost for (left, _, _), cost in zip(fits, costs)]
     result = analyze.detect_phases(y, y, y)
     assert result["knots"] == np.argmin(scores)
     assert result["boundaries"] == list(fits[2 + (scores[3] < scores[2])][1][:2])
 
 
 ALIKE, OPENS, STOPS = "alike_in_I", "opens_in_II", "stops_in_III"
-CASES = [
-    ((0, 0, 6, 6), set()),
-    ((0, 0, 6, 0), set()),
-    ((4, 4, 6, 6), {ALIKE}),
-    ((-6, -6, 0, 0), {ALIKE, OPENS}),
-]
-CASES += [
-    ((0, 0, 5, 7), {STOPS}),
-    ((0, 0, 3, 9), {STOPS}),
-    ((0, 3, 4, 4), {ALIKE}),
-    ((0, 0, -6, -6), {ALIKE, OPENS, STOPS}),
-]
+CASES = [((0, 0, 6, 6), ""), ((0, 0, 6, 0), ""), ((4, 4, 6, 6), ALIKE), ((0, 0, 5, 7), STOPS)]
+CASES += [((0, 0, 3, 9), STOPS), ((0, 3, 4, 4), ALIKE), ((-6, -6, 0, 0), f"{ALIKE} {OPENS}")]
+CASES += [((0, 0, -6, -6), f"{ALIKE} {OPENS} {STOPS}")]
 
 
-@pytest.mark.parametrize("corners, failed", CASES)
+@pytest.mark.parametrize(("corners", "failed"), CASES)
 def test_claims_on_lines_without_noise(corners, failed):
-    shape, scales = (
-        np.interp(np.arange(60), [0, 20, 40, 60], corners),
-        np.array([[0.9], [1.0], [1.1]]),
-    )
+    scales, failed = np.array([[0.9], [1.0], [1.1]]), {*failed.split()}
+    shape = np.interp(np.arange(60), [0, 20, 40, 60], corners)
     sigma = np.repeat([0.4, 0.3, 0.2], 20) * scales
     result = analyze.detect_phases(shape * scales, sigma, 0 * sigma, 5 * np.arange(60))
     claims, (one, two, three) = result["claims"], np.diff(corners) / 100
     assert result["boundaries"] == [100, 200] and result["intervals"] == [[100, 100], [200, 200]]
-    assert {name for name, claim in claims.items() if not claim["holds"]} == failed | {
-        "orthogonality_falls"
-    }
-    for name, value in (
-        (ALIKE, two - one),
-        (OPENS, 100 * two),
-        (STOPS, three - two),
-        ("deviation_falls", -0.2),
-    ):
+    lacking = {name for name, claim in claims.items() if not claim["holds"]}
+    assert lacking == failed | {"orthogonality_falls"}
+    values = {ALIKE: two - one, OPENS: 100 * two, STOPS: three - two, "deviation_falls": -0.2}
+    for name, value in values.items():
         half = 4.302653 * 0.1 / math.sqrt(3) * abs(value)  # Student's t with two degrees of freedom
         assert claims[name]["value"] == pytest.approx(value)
         assert claims[name]["interval"] == pytest.approx([value - half, value + half], rel=1e-5)
-    assert result["found"] == (not failed) and ("alike to step 100" in result["reason"]) == (
-        not failed
-    )
+    assert result["found"] == ("alike to step 100" in result["reason"]) == (not failed)
 
 
 def test_what_is_missing_and_what_is_not_decided():
@@ -1797,17 +1581,13 @@ def test_what_is_missing_and_what_is_not_decided():
     lost = result["claims"]["orthogonality_falls"]
     assert math.isnan(lost["value"]) and lost["interval"] is None and lost["holds"] is None
     one = analyze.detect_phases(shape, sigma[0], sigma[0])
+    assert not one["found"] and "run three seeds or more" in one["reason"]
     assert one["claims"][OPENS] == {"value": pytest.approx(6), "interval": None, "holds": None}
-    assert (
-        not one["found"] and "run three seeds or more" in one["reason"] and one["intervals"] == []
-    )
+    assert one["intervals"] == []
     gap[:, 60:] = gap[0, 20:22] = np.nan
     short = analyze.detect_phases(gap, sigma, sigma)
-    assert (
-        short["boundaries"] == []
-        and short["claims"] == {}
-        and short["reason"].startswith("Undecided: 29 windows")
-    )
+    assert short["boundaries"] == [] and short["claims"] == {}
+    assert short["reason"].startswith("Undecided: 29 windows")
     with pytest.raises(ValueError, match="unequal shapes"):
         analyze.detect_phases(gap, sigma, sigma[:2])
 
@@ -1818,23 +1598,17 @@ def test_without_a_gap_the_line_is_that_of_deviation_and_cosines():
     spread = 100 * np.interp(t, [0, 20, 40, 60], [0.1, 0.1, 0.1, 0.3]) + 0.01 * noise[1]
     result = analyze.detect_phases(None, sigma, spread)
     assert result["knots"] == 2 and result["boundaries"] == [20, 40] and not result["found"]
-    assert (
-        set(result["claims"]) == {"deviation_falls", "orthogonality_falls"}
-        and "--norm none" in result["reason"]
-    )
+    assert set(result["claims"]) == {"deviation_falls", "orthogonality_falls"}
+    assert "--norm none" in result["reason"]
     assert all(claim["holds"] for claim in result["claims"].values())
 
 
 def test_predicted_gain_by_hand():
-    assert analyze.predicted_gain([0.2, 0.1, 0.0], [0.3, 0.4, 0.5]) == pytest.approx(
-        0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3
-    )
-    assert analyze.predicted_gain([0.2, np.nan, 9.0, 0.1], [0.25, 0.5, 0.0, 0.5]) == pytest.approx(
-        (0.4 + 0.1) / 0.3
-    )
-    assert math.isnan(analyze.predicted_gain([0.1, -0.2], [0.5, 0.5])) and math.isnan(
-        analyze.predicted_gain([], [])
-    )
+    gain, lost = analyze.predicted_gain, [np.nan, 9.0]  # not measured, and without variance
+    expected = 0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3
+    assert gain([0.2, 0.1, 0.0], [0.3, 0.4, 0.5]) == pytest.approx(expected)
+    assert gain([0.2, *lost, 0.1], [0.25, 0.5, 0.0, 0.5]) == pytest.approx((0.4 + 0.1) / 0.3)
+    assert math.isnan(gain([0.1, -0.2], [0.5, 0.5])) and math.isnan(gain([], []))
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -1842,12 +1616,12 @@ def test_curvature_exponent_of_two_bins_by_hand(power):
     variance, noise = np.repeat([0.09, 0.25], 20), np.tile([-0.01, 0.01], 20)
     curvature = -3 * variance ** (power / 2) + noise
     found = analyze.curvature_exponent(np.repeat([0.2, 0.4], 20), variance, curvature)
-    # Through two points the line is exact: a = ln(y2/y1) / ln(x2/x1), and its error that of the two logarithms.
+    # Through two points the line is exact: a = ln(y2/y1) / ln(x2/x1), and its error that of the two
+    # logarithms.
     error = 0.01 * math.sqrt(20 / 19) / math.sqrt(20) / (3 * np.array([0.3, 0.5]) ** power)
     half = 1.96 * math.hypot(*error) / math.log(0.5 / 0.3)
-    assert found["n"] == 40 and found["alpha"] == pytest.approx(
-        [power, power - half, power + half], rel=1e-3
-    )
+    expected = pytest.approx([power, power - half, power + half], rel=1e-3)
+    assert found["n"] == 40 and found["alpha"] == expected
 
 
 def test_curvature_exponent_through_the_noise_of_sigma():
@@ -1862,25 +1636,18 @@ def test_curvature_exponent_through_the_noise_of_sigma():
 
 
 def test_correlations_of_the_same_completions_are_tied_and_those_across_halves_are_not():
-    rng = np.random.default_rng(1)
-    scores = (
-        2.0 * (rng.random((200, 16, 2, 8)) < 0.5) - 1
-    )  # two answers at p = 1/2, whose scores are +1 and -1
-    index = pd.MultiIndex.from_product([range(200), range(16)], names=["step", "prompt"]).droplevel(
-        "prompt"
-    )
-    variance, fisher = ((scores > 0).var(axis=-1, ddof=1), scores.mean(axis=-1) ** 2)
-    tied, free = (
-        pd.DataFrame({"v": variance[..., i].ravel(), "f": fisher[..., 0].ravel()}, index)
-        for i in (0, 1)
-    )
+    """Two answers at p = 1/2, whose scores are +1 and -1."""
+    scores = 2.0 * (np.random.default_rng(1).random((200, 16, 2, 8)) < 0.5) - 1
+    index = pd.Index(np.repeat(range(200), 16), name="step")
+    variance, fisher = (scores > 0).var(axis=-1, ddof=1), scores.mean(axis=-1) ** 2
+    columns = ({"v": variance[..., i].ravel(), "f": fisher[..., 0].ravel()} for i in (0, 1))
+    tied, free = (pd.DataFrame(values, index) for values in columns)
     assert analyze.correlations(tied).to_numpy() == pytest.approx(np.full(200, -1))
     r = analyze.correlations(free)
     assert len(r) == 200 and abs(r.mean()) < 4 * r.sem()
     assert r.iloc[5] == pytest.approx(np.corrcoef(variance[5, :, 1], fisher[5, :, 0])[0, 1])
-    assert (
-        len(analyze.correlations(tied.assign(v=0.3 + 1e-12 * tied["v"]))) == 0
-    )  # no variation but rounding
+    rounding = tied.assign(v=0.3 + 1e-12 * tied["v"])  # no variation but that
+    assert len(analyze.correlations(rounding)) == 0
 
 
 def test_cosines_of_a_phase_are_those_of_all_its_pairs():
@@ -1890,29 +1657,11 @@ def test_cosines_of_a_phase_are_those_of_all_its_pairs():
         unit /= np.linalg.norm(unit, axis=1, keepdims=True)
         cosines = (unit @ unit.T)[np.triu_indices(n, 1)]
         pooled += cosines.tolist()
-        rows.append(
-            [
-                n,
-                cosines.mean(),
-                cosines.std(),
-                (cosines > 0).mean(),
-                (abs(cosines) < 0.1).mean(),
-                2.5,
-                0.5,
-            ]
-        )
-    names = [
-        "n_gradients",
-        "cos_mean",
-        "cos_std",
-        "cos_positive",
-        "cos_small",
-        "interference",
-        "signal_share",
-    ]
-    log = pd.DataFrame(rows, columns=names).assign(
-        seed=0, C=0.6, feature_cos=0.2, feature_cos_centered=0.1
-    )
+        shares = (cosines > 0).mean(), (abs(cosines) < 0.1).mean()
+        rows.append([n, cosines.mean(), cosines.std(), *shares, 2.5, 0.5])
+    names = ["n_gradients", "cos_mean", "cos_std", "cos_positive", "cos_small", "interference"]
+    log = pd.DataFrame(rows, columns=[*names, "signal_share"])
+    log = log.assign(seed=0, C=0.6, feature_cos=0.2, feature_cos_centered=0.1)
     row, cosines = analyze.describe_phase(log, 16), np.array(pooled)
     assert [row["mean"], row["std"]] == pytest.approx([cosines.mean(), cosines.std()])
     assert row["above 0"] == pytest.approx((cosines > 0).mean()) and row["pairs"] == 3 + 28 + 10
@@ -1924,58 +1673,28 @@ def test_cosines_of_a_phase_are_those_of_all_its_pairs():
 
 
 def test_means_and_their_intervals():
-    assert analyze.mean_interval([1.0, 2.0, 3.0]) == pytest.approx(
-        [2, 2 - 2.4841, 2 + 2.4841], abs=1e-4
-    )  # t: 4.3027
+    expected = pytest.approx([2, 2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t: 4.3027
+    assert analyze.mean_interval([1.0, 2.0, 3.0]) == expected
     assert analyze.mean_interval([1.0, 3.0]) == pytest.approx([2, np.nan, np.nan], nan_ok=True)
 
 
-def write_run(
-    path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, changed=(), **config
-) -> Path:
+def write_run(path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, changed=(), **config):
     """A run's directory whose log has the given pass rates."""
     path.mkdir(parents=True)
-    settings = dict(
-        norm=norm,
-        seed=seed,
-        lr=1e-3,
-        prompts=16,
-        group=5,
-        task="letters",
-        model="tiny",
-        out=str(path),
-    )
-    (path / "config.json").write_text(json.dumps(settings | config))
-    n = len(rates)
-    log = pd.DataFrame(
-        {
-            "step": range(n),
-            "reward": rates,
-            "pass_rate": rates,
-            "reward_std": std,
-            "cos_std": spread,
-        }
-    )
-    log = log.assign(
-        n_gradients=16, cos_mean=0.02, interference=2.5, signal_share=0.5, **dict(changed)
-    )
+    sizes = dict(prompts=16, group=5, task="letters", model="tiny", out=str(path))
+    settings = dict(norm=norm, seed=seed, lr=1e-3) | sizes | config
+    (path / "config.json").write_text(json.dumps(settings))
+    n, k = len(rates), (-1) ** seed
+    columns = dict(step=range(n), reward=rates, pass_rate=rates, reward_std=std, cos_std=spread)
+    columns |= dict(n_gradients=16, cos_mean=0.02, interference=2.5, signal_share=0.5)
+    lines = pd.DataFrame(columns | dict(changed)).to_json(orient="records", lines=True)
     last = {"step": n, "eval_pass_rate": float(sum(rates[-1:]))}
-    (path / "metrics.jsonl").write_text(
-        log.to_json(orient="records", lines=True) + json.dumps(last) + "\n"
-    )
-    k, fixed = (
-        (-1) ** seed,
-        dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7]),
-    )
+    (path / "metrics.jsonl").write_text(f"{lines}{json.dumps(last)}\n")
+    fixed = dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
     rows = [
-        dict(
-            step=t,
-            reward_std=s,
-            grad_sq_signal=0.5 - s,
-            reward_std_half=[s, 0.4],
-            curvature=[k * s, None],
-        )
-        | fixed
+        fixed
+        | dict(step=t, reward_std=s, grad_sq_signal=0.5 - s)
+        | dict(reward_std_half=[s, 0.4], curvature=[k * s, None])
         for t in range(0, n, 2)
         for s in (0.3, 0.4, 0.5)
     ]
@@ -2003,44 +1722,33 @@ def races(tmp_path_factory) -> list[Path]:
 
 
 def test_twice_as_fast_is_a_speed_up_of_two(races):
-    norms, runs = compared(races, 0.6)["norms"], [saturating(50 + seed) for seed in range(3)]
+    found, runs = compared(races, 0.6), [saturating(50 + seed) for seed in range(3)]
+    none, std = (found["norms"][norm] for norm in ("none", "std"))
     # From 0.2 + 0.7 (1 - exp(-t/tau)) = 0.6, but for steps and half steps of whole numbers.
-    assert norms["none"]["steps to 0.60"][0] == pytest.approx(101 * math.log(7 / 3), abs=1.5)
-    assert norms["std"]["speed-up"][0] == pytest.approx(101 / 51, rel=1.5 / 43)
+    assert none["steps to 0.60"][0] == pytest.approx(101 * math.log(7 / 3), abs=1.5)
+    assert std["speed-up"][0] == pytest.approx(101 / 51, rel=1.5 / 43)
     # Squared norms 0.2 each, of which 0.2, 0.1 and 0 are signal.
-    assert norms["std"]["predicted"] == pytest.approx([0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3] * 3)
-    assert norms["std"]["with noise"] == pytest.approx(
-        [0.5 * (1 / 0.3 + 1 / 0.4 + 1 / 0.5) / 3] * 3
-    )
-    assert norms["std"]["end"][0] == pytest.approx(np.mean([run[-30:] for run in runs]))
-    assert norms["std"]["held out"][0] == pytest.approx(np.mean([run[-1] for run in runs]))
-    gap = (
-        np.mean([run - saturating(100 + seed) for seed, run in enumerate(runs)], axis=0)
-        .reshape(60, 5)
-        .mean(axis=1)
-    )
-    assert norms["std"]["at step"] == 5 * gap.argmax() and norms["std"]["largest gap"][
-        0
-    ] == pytest.approx(gap.max())
+    assert std["predicted"] == pytest.approx([0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3] * 3)
+    assert std["with noise"] == pytest.approx([0.5 * (1 / 0.3 + 1 / 0.4 + 1 / 0.5) / 3] * 3)
+    assert std["end"][0] == pytest.approx(np.mean([run[-30:] for run in runs]))
+    assert std["held out"][0] == pytest.approx(np.mean([run[-1] for run in runs]))
+    gaps = [run - saturating(100 + seed) for seed, run in enumerate(runs)]
+    gap = np.mean(gaps, axis=0).reshape(60, 5).mean(axis=1)
+    assert std["at step"] == 5 * gap.argmax()
+    assert std["largest gap"][0] == pytest.approx(gap.max())
+    # The correlation is 1, -1, 1 in every step of the three seeds, of which its interval is.
+    r = found["correlations"]["curvature against σ, pass rate < ½"]["r"]
+    half = 4.3027 * 2 / 3
+    assert r == pytest.approx([1 / 3, 1 / 3 - half, 1 / 3 + half], rel=1e-4)
     for goal in (0.1, 0.88):  # begun beyond; not reached by one without normalization
         norms = compared(races, goal)["norms"]
-        assert (
-            np.isnan(norms["std"]["speed-up"]).all()
-            and np.isnan(norms["none"][f"steps to {goal:.2f}"]).all()
-        )
-
-
-def test_the_interval_of_a_correlation_is_over_seeds(races):
-    r = compared(races)["correlations"]["curvature against σ, pass rate < ½"][
-        "r"
-    ]  # 1, -1, 1 in every step
-    assert r == pytest.approx([1 / 3, 1 / 3 - 4.3027 * 2 / 3, 1 / 3 + 4.3027 * 2 / 3], rel=1e-4)
+        assert np.isnan(norms["std"]["speed-up"]).all()
+        assert np.isnan(norms["none"][f"steps to {goal:.2f}"]).all()
 
 
 def test_c_of_t_and_the_step_since_which_it_is_below_1(tmp_path):
-    found = compared(
-        [write_run(tmp_path / "run", saturating(50), std=np.repeat([0.45, 0.3], [100, 200]))]
-    )
+    deviations = np.repeat([0.45, 0.3], [100, 200])
+    found = compared([write_run(tmp_path / "run", saturating(50), std=deviations)])
     # (0.45 * 100 + 0.3 k) / (100 + k) < 0.375 from k = 101 on, which is step 200.
     assert found["C_below_1_since"] == 200
 
@@ -2051,52 +1759,49 @@ def test_rewards_other_than_0_and_1_are_compared_by_their_mean_and_have_no_theor
         for norm, rate in (("none", 0.4), ("std", 0.5))
     ]
     found = compared(runs)
-    assert (
-        found["norms"]["std"]["end"][0] == pytest.approx(0.7) and found["C_below_1_since"] is None
-    )
-    assert found["norms"]["std"]["largest gap"][0] == pytest.approx(0.1) and math.isnan(
-        found["norms"]["std"]["predicted"][0]
-    )
+    norms = found["norms"]["std"]
+    assert norms["end"][0] == pytest.approx(0.7) and found["C_below_1_since"] is None
+    assert norms["largest gap"][0] == pytest.approx(0.1) and math.isnan(norms["predicted"][0])
 
 
 def test_every_rate_then_each_norm_at_its_best(tmp_path):
-    taus = {
-        ("std", 1e-3): 50,
-        ("std", 1e-2): 20,
-        ("none", 1e-3): 60,
-        ("none", 1e-2): 90,
-        ("none", 0.1): 10,
-    }
+    taus = {("std", 1e-3): 50, ("std", 1e-2): 20, ("none", 1e-3): 60, ("none", 1e-2): 90}
     paths = [
-        write_run(tmp_path / f"{norm}-{lr}", saturating(tau, 40 if lr == 0.1 else 100), norm, lr=lr)
+        write_run(tmp_path / f"{norm}-{lr}", saturating(tau, 100), norm, lr=lr)
         for (norm, lr), tau in taus.items()
-    ]  # the one at 0.1 came to no end
+    ]
+    # The one at 0.1 came to no end.
+    paths += [write_run(tmp_path / "none-0.1", saturating(10, 40), "none", lr=0.1)]
     views = analyze.arrange(analyze.tabulate([analyze.read_run(path) for path in paths]))
     names = [[title, *sorted(run.path.name for run in runs)] for title, runs in views.items()]
     assert names[0] == ["learning rate 0.01", "none-0.01", "std-0.01"]  # std's best rate
     assert names[1] == ["learning rate 0.001", "none-0.001", "std-0.001"]
-    assert names[2:] == [
-        ["each norm at its best learning rate, none 0.001, std 0.01", "none-0.001", "std-0.01"]
+    title = "each norm at its best learning rate, none 0.001, std 0.01"
+    assert names[2:] == [[title, "none-0.001", "std-0.01"]]
+
+
+def test_auto_is_the_type_that_it_means_on_the_runs_device(tmp_path):
+    """Earlier runs stored what it means; what was trained in bfloat16 is compared apart."""
+    cases = [("auto", "cpu"), ("float32", "cpu"), ("auto", "cuda:0"), ("bfloat16", "cuda:0")]
+    runs = [
+        analyze.read_run(write_run(tmp_path / str(i), [0.5], seed=i, dtype=dtype, device=device))
+        for i, (dtype, device) in enumerate(cases)
     ]
+    titles = [*analyze.tabulate(runs)["title"]]
+    assert titles == ["dtype 'float32'"] * 2 + ["dtype 'bfloat16'"] * 2
 
 
 def test_runs_that_differ_in_more_are_compared_apart_and_a_seed_counts_once(tmp_path):
-    more = [
-        {"group": 8},
-        {"group": 8, "eval_every": 3},
-        {"group": 64, "a": "$x_$\n"},
-        {"group": 8, "device": "cpu"},
-    ]
+    more = [{"group": 8}, {"group": 8, "eval_every": 3}, {"group": 64, "a": "$x_$\n"}]
+    more += [{"group": 8, "device": "cpu"}]
     runs = [
         write_run(tmp_path / str(i), saturating(50, 40), "none" if i == 1 else "std", **config)
         for i, config in enumerate(more)
     ]
     assert analyze.main([*map(str, runs), str(runs[0] / ".." / "0")]) == 0
     found = json.loads((tmp_path / "analysis.json").read_text())
-    sizes = {
-        title: [len(view["norms"]) for view in views.values()]
-        for title, views in found["groups"].items()
-    }
+    views = found["groups"]
+    sizes = {name: [len(view["norms"]) for view in views[name].values()] for name in views}
     assert sizes == {"group 8, a None": [2], "group 64, a '$x_$\\n'": [1]}
     assert found["left_out"] == [f"{runs[3]}: its norm, rate and seed are there already"]
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
@@ -2106,108 +1811,68 @@ def test_runs_that_differ_in_more_are_compared_apart_and_a_seed_counts_once(tmp_
 
 def test_seeds_are_paired_and_killed_runs_compared_as_far_as_they_went(tmp_path):
     runs = [
-        write_run(
-            tmp_path / f"{norm}-{seed}",
-            saturating(50 + seed, 80 if norm == "none" else 300),
-            norm,
-            seed,
-        )
-        for norm, seeds in (("none", (0, 1, 2, 7)), ("std", (2, 1, 0, 9)))
+        write_run(tmp_path / f"{norm}-{seed}", saturating(50 + seed, end), norm, seed)
+        for norm, end, seeds in (("none", 80, (0, 1, 2, 7)), ("std", 300, (2, 1, 0, 9)))
         for seed in seeds
     ]
     found = compared(runs)
-    assert found["last_step"] == 79 and found["norms"]["std"]["runs"] == 4
-    assert found["norms"]["std"]["largest gap"] == pytest.approx(
-        [0, 0, 0], abs=1e-12
-    )  # of seeds 0, 1, 2 alone
-    assert found["phases"]["knots"] == 0 and not found["phases"]["found"]
+    std, phases = found["norms"]["std"], found["phases"]
+    assert found["last_step"] == 79 and std["runs"] == 4
+    assert std["largest gap"] == pytest.approx([0, 0, 0], abs=1e-12)  # of seeds 0, 1, 2 alone
+    assert phases["knots"] == 0 and not phases["found"]
 
 
 def test_where_sampled_and_corrected_cosines_disagree_it_is_said(tmp_path, capsys):
-    shapes = {"none": 0, "std": np.interp(range(60), [20, 40], [0, 0.1])}
+    shapes = {"none": np.zeros(60), "std": np.interp(range(60), [20, 40], [0, 0.1])}
+    spreads = [np.repeat([0.1, 0.2 + 0.01 * s], [40, 20]) for s in range(3)]
     runs = [
-        write_run(
-            tmp_path / f"{norm}-{s}",
-            0.5 + shape * (1 + s / 9) + np.zeros(60),
-            norm,
-            s,
-            spread=np.repeat([0.1, 0.2 + 0.01 * s], [40, 20]),
-        )
-        for norm, shape in shapes.items()
+        write_run(tmp_path / f"{norm}-{s}", 0.5 + x * (1 + s / 9), norm, s, spread=spreads[s])
+        for norm, x in shapes.items()
         for s in range(3)
     ]
     assert analyze.main([*map(str, runs)]) == 0
     text = capsys.readouterr().out
-    assert (
-        "**Three phases: alike to step 20, " in text
-        and "size by 0 [0, 0], so noise may be all." in text
-    )
+    assert "**Three phases: alike to step 20, " in text
+    assert "size by 0 [0, 0], so noise may be all." in text
     assert "their share is – in I, – in II, – in III." in text
 
 
 def test_damaged_logs_are_read_as_far_as_they_can_be(tmp_path, capsys):
     path = write_run(tmp_path / "run", saturating(50, 4))
-    whole, halves = analyze.read_run(path).log, analyze.read_run(path).halves
-    for half, own, other, size in (
-        (halves[:6], [0.3, 0.4, 0.5] * 2, 0.4, 2),
-        (halves[6:], [0.4] * 6, [0.3, 0.4, 0.5] * 2, 3),
-    ):
-        assert (
-            half["reward_std_half"].tolist() == own
-        )  # halves of 3 and 2, each with the other's unbiased variance
-        assert half["variance"].to_numpy() == pytest.approx(
-            np.square(other) * size / (size - 1) * np.ones(6)
-        )
-    junk = [
-        "{",
-        "[1]",
-        "",
-        '{"step": "1"}',
-        '{"step": true}',
-        '{"no": 1}',
-        '{"step": -1}',
-        "\0",
-        "[" * 10**5,
-        "é",
-    ]
+    whole, three = analyze.read_run(path), [0.3, 0.4, 0.5] * 2
+    halves = whole.halves
+    # Halves of 3 and 2, each with the other's unbiased variance.
+    for half, own, other, size in ((halves[:6], three, 0.4, 2), (halves[6:], [0.4] * 6, three, 3)):
+        assert half["reward_std_half"].tolist() == own
+        variance = np.square(other) * size / (size - 1) * np.ones(6)
+        assert half["variance"].to_numpy() == pytest.approx(variance)
+    junk = ["{", "[1]", "", '{"step": "1"}', '{"step": true}', '{"no": 1}', '{"step": -1}', "\0"]
+    junk += ["[" * 10**5, "é"]
     with (path / "metrics.jsonl").open("ab") as file:
         file.write("\n".join(junk).encode() + b'\n\xff\xfe\n{"step": 41, "pass_ra')
     damaged = analyze.read_run(path)
-    assert damaged.skipped == len(junk) + 2 and damaged.log.equals(whole)
+    assert damaged.skipped == len(junk) + 2 and damaged.log.equals(whole.log)
     with (path / "metrics.jsonl").open("a") as file:
-        file.write(
-            '\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_std": 1e999, "reward": '
-            + "1" * 400
-            + "}"
-        )
-    (path / "prompts.jsonl").write_text(
-        '{"step": 7, "reward_std_half": [0.5], "curvature": 3, "fisher": null}\n'
-    )
-    assert (
-        analyze.read_run(path).log.iloc[-1][analyze.METRICS].isna().all()
-        and analyze.read_run(path).halves.empty
-    )
+        file.write('\n{"step": 50, "pass_rate": "1", "reward_std": [1], "cos_std": 1e999')
+        file.write(f', "reward": {10**400}}}')
+    half = '{"step": 7, "reward_std_half": [0.5], "curvature": 3, "fisher": null}\n'
+    (path / "prompts.jsonl").write_text(half)
+    again = analyze.read_run(path)
+    assert again.log.iloc[-1][analyze.METRICS].isna().all() and again.halves.empty
     assert analyze.main([str(path), str(tmp_path / "nothing"), str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert (
-        f"{path}: {len(junk) + 2} unreadable log lines skipped" in text
-        and "Undecided: 4 windows" in text
-    )
+    assert f"{path}: {len(junk) + 2} unreadable log lines skipped" in text
+    assert "Undecided: 4 windows" in text
     assert text.count("left out:") == 2 and f"left out: {tmp_path / 'nothing'}: " in text
 
 
 def test_nothing_to_analyse_and_wrong_flags_are_one_line(tmp_path, capsys):
-    empty, good = (
-        str(write_run(tmp_path / name, saturating(50, n)))
-        for name, n in (("empty", 0), ("good", 9))
-    )
+    empty = str(write_run(tmp_path / "empty", []))
+    good = str(write_run(tmp_path / "good", saturating(50, 9)))
     (tmp_path / "file").write_text("")
-    cases = {
-        (empty, str(tmp_path / "no")): "no run to read: ",
-        ("--x", "run"): "unrecognized",
-        (): "required: runs",
-    }
+    cases = {(empty, str(tmp_path / "no")): "no run to read: ", (): "required: runs"}
     cases[good, "--out", str(tmp_path / "file" / "x")] = "cannot write to "
+    cases["--x", "run"] = "unrecognized"
     for arguments, message in cases.items():
         with pytest.raises(SystemExit) as exit:
             analyze.main(arguments)
@@ -2228,7 +1893,6 @@ def test_twenty_long_runs_in_half_a_minute(tmp_path):
         rows = (row.replace('"step": 0', f'"step": {i // 160 * 10}') for i in range(16_000))
         (path / "prompts.jsonl").write_text("".join(rows))
     began = time.perf_counter()
-    subprocess.run(
-        [sys.executable, analyze.__file__, *map(str, paths)], check=True, capture_output=True
-    )
+    command = [sys.executable, analyze.__file__, *map(str, paths)]
+    subprocess.run(command, check=True, capture_output=True)
     assert time.perf_counter() - began < 30

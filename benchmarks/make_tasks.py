@@ -177,6 +177,9 @@ def make(name: str, out: Path) -> None:
     warm_start(model, tokenizer, task.solutions)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
+    settings = out / "model" / "tokenizer_config.json"  # a name that transformers 4 knows, too
+    text = settings.read_text().replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+    settings.write_text(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

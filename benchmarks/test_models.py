@@ -1,4 +1,7 @@
-"""Kinds of model that rollout and training take for one distribution: `GRPO_SLOW=1 pytest` tries a tiny one of each."""
+"""Kinds of model that rollout and training take for one distribution: a tiny one of each.
+
+Run by `GRPO_SLOW=1 pytest`.
+"""
 
 import os
 import sys
@@ -71,6 +74,7 @@ FAMILIES = {  # what a configuration has beyond SIZES
     "lfm2": dict(layer_types=["conv", "full_attention"]),
     "llama": {},
     "llama4_text": EXPERTS | HEAD | dict(no_rope_layers=[1, 0], attention_chunk_size=4),
+    "mamba2": dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=4),
     "minimax_m2": EXPERTS | HEAD,
     "ministral3": WINDOW | HEAD,
     "mistral": WINDOW,
@@ -100,14 +104,14 @@ FAMILIES = {  # what a configuration has beyond SIZES
 REFUSED = {  # that take no cache by the usual name, or go on from it as if it were empty (jamba)
     "jamba": EXPERTS | dict(mamba_d_state=8, attn_layer_period=2, attn_layer_offset=1),
     "mamba": {},
-    "mamba2": dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=4),
     "recurrent_gemma": dict(num_hidden_layers=3, lru_width=32, attention_window_size=64),
     "rwkv": dict(context_length=64),
 }
 
 
 def make_model(family: str):
-    """A random transformer, far from uniform: of 98 tokens about 40 are likely, and it matters what came before."""
+    """A random transformer, far from uniform: of 98 tokens about 40 are likely, and it matters what
+    came before."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES | (FAMILIES | REFUSED)[family])
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -118,7 +122,8 @@ def make_model(family: str):
 
 
 def make_policy(family: str) -> grpo.Policy:
-    """With the attention that load_policy takes on a CPU; a quarter of the tokens end, so completions are unequal."""
+    """With the attention that load_policy takes on a CPU; a quarter of the tokens end, so that
+    completions are unequal."""
     model = make_model(family)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("grouped")
