@@ -91,15 +91,12 @@ class InputError(RunError):
 # ------------------- Settings: a field each; the command line is made from them -------------------
 
 
-TaskName = Literal["", "letters", "arith", "gsm8k", "math"]
-
-
 @dataclass
 class Config:
     """Settings of a run; --help shows the comments. Raises InputError for a value out of range."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
-    task: TaskName = ""  # problems and reward; empty: letters, or math with a --model or --data
+    task: Literal["", "letters", "arith", "gsm8k", "math"] = ""  # empty: letters; own data: math
     model: str = ""  # a directory or hub name; empty: the task's
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
     data: str = ""  # a JSONL file, or PATH[:NAME]:SPLIT of a hub data set; empty: the task's
@@ -248,7 +245,7 @@ def gradient_geometry(gram, half_products, group):
     cos_signal: mean inner product of two prompts over the mean squared norm, unbiased, as
     E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2 on-policy. NaN for what lacks two gradients, or a signal."""
     P, count, cosines = len(gram), int((gram.diagonal() > 0).sum()), pair_cosines(gram)
-    total = gram.trace() if count > 1 else gram.trace() * float("nan")
+    total = gram.trace() if count > 1 else gram.trace() * torch.nan
     signal = half_products.sum() / (1 + 1 / (group - 1) ** 2)
     values = {
         "cos_mean": cosines.mean(),  # NaN of none
@@ -258,7 +255,7 @@ def gradient_geometry(gram, half_products, group):
         "cos_abs": cosines.abs().mean(),
         "interference": gram.sum() / total,
         "signal_share": signal / total,
-        "cos_signal": (gram.sum() - total) / (P - 1) / signal.where(signal > 0, float("nan")),
+        "cos_signal": (gram.sum() - total) / (P - 1) / signal.where(signal > 0, torch.nan),
     }
     return {"n_gradients": count, **{name: float(value) for name, value in values.items()}}
 
@@ -279,8 +276,8 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
     them by 0.03 to 0.1 (root mean square, within a factor of 2). NaN where no such step is found,
     or rounding would blur the result."""
     length = square(direction.values()) ** 0.5
-    if not 0 < length < float("inf"):
-        return float("nan")
+    if not 0 < length < torch.inf:
+        return torch.nan
     if not advantages.any():
         return 0.0
 
@@ -300,9 +297,9 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
                 break
             step *= min(max(wanted / max(size, 1e-30), 1e-3), 1e3)
         else:
-            return float("nan")
+            return torch.nan
         if rounding > 0.1 * size**2:
-            return float("nan")
+            return torch.nan
         behind = logprobs_at(-step) - start
         # expm1 keeps the digits that exp loses next to 1.
         return float((advantages * (ahead.expm1() + behind.expm1())).mean()) / step**2
@@ -320,10 +317,10 @@ class Policy:
     eos_ids: list[int]  # any of them ends a completion
     trained: dict[str, Any]  # the model's parameters that are trained, by name
     masters: dict[str, Tensor]  # the same in float32: the parameters themselves if they are
-    limits: tuple[int, int] = (4096, 4096)  # of a micro-batch: tokens, completion tokens
+    limits: tuple[int, int]  # of a micro-batch: tokens, completion tokens
     guard: Callable = nullcontext  # a context that a model needs which writes in place
 
-    def publish(self) -> None:
+    def publish(self):
         """Copy the masters into the working weights: rollout and training see one policy."""
         for name, parameter in self.trained.items():
             parameter.data.copy_(self.masters[name])
@@ -331,18 +328,12 @@ class Policy:
 
 def load_policy(config):
     """The start policy. Raises InputError for a model that cannot be loaded or has no end token."""
-    path, dtype, cuda = (
-        config.model or TASKS[config.task].model,
-        config.dtype,
-        "cuda" in config.device,
-    )
-    if dtype == "auto":
-        dtype = "bfloat16" if cuda else "float32"
+    path, cuda = config.model or TASKS[config.task].model, "cuda" in config.device
+    kind = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+    safe = dict(trust_remote_code=False)  # no code from a model's directory is executed
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **safe)
+        tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         if not cuda and model.config._attn_implementation == "sdpa":
             AttentionInterface.register("grouped", grouped_attention)
             AttentionMaskInterface.register("grouped", eager_mask)
@@ -352,8 +343,8 @@ def load_policy(config):
             import peft
 
             torch.manual_seed(0)  # the same start for every norm, seed and process
-            rank, layers = dict(r=config.lora, lora_alpha=2 * config.lora), "all-linear"
-            model = peft.get_peft_model(model, peft.LoraConfig(**rank, target_modules=layers))
+            how = dict(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
+            model = peft.get_peft_model(model, peft.LoraConfig(**how))
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would train another distribution than is sampled
@@ -438,13 +429,12 @@ ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
 
 def prompt_rows(step, config, problems):
     """The step's P rows of the problems: in a seeded order, a new one each time all are used."""
-    first = step * config.prompts
-    slots = (divmod(slot, problems) for slot in range(first, first + config.prompts))
 
-    def order(epoch):
-        return np.random.default_rng((config.seed, ORDER, epoch)).permutation(problems)
+    def row(slot):
+        stream = np.random.default_rng((config.seed, ORDER, slot // problems))
+        return int(stream.permutation(problems)[slot % problems])
 
-    return [int(order(epoch)[i]) for epoch, i in slots]
+    return [row(slot) for slot in range(step * config.prompts, (step + 1) * config.prompts)]
 
 
 def draw(config, purpose, step, rows, group):
@@ -483,20 +473,20 @@ def rollout(policy, prompts, uniforms, temperature):
     rows = torch.arange(P * G, device=device)  # those that still run
     # Hidden states are large, and of no use in an evaluation.
     mask, cache, logits, features = encode_prompts(policy, prompts, rows // G, model, hidden=G > 1)
-    tokens, lengths = torch.zeros(P * G, T, dtype=torch.long, device=device), torch.zeros_like(rows)
+    tokens, lengths = rows.new_zeros(P * G, T), rows.new_zeros(P * G)
     logprobs, entropy = torch.zeros(2, P * G, T, device=device)
     for t in range(T):
-        drawn, logprob, nats = sample_tokens(logits, uniforms[rows, t], temperature)
-        tokens[rows, t], logprobs[rows, t], entropy[rows, t] = drawn, logprob, nats
+        drawn = sample_tokens(logits, uniforms[rows, t], temperature)
+        tokens[rows, t], logprobs[rows, t], entropy[rows, t] = drawn
         lengths[rows] += 1
-        running = (~torch.isin(drawn, ends)).nonzero()[:, 0]
+        running = (~torch.isin(drawn[0], ends)).nonzero()[:, 0]
         if len(running) < len(rows):
-            rows, drawn, mask = rows[running], drawn[running], mask[running]
+            rows, mask = rows[running], mask[running]
             cache.reorder_cache(running)
         if t + 1 == T or len(rows) == 0:
             break
         mask = pad(mask, (0, 1), value=1)
-        logits = extend(model, drawn[:, None], mask, cache).logits[:, -1]
+        logits = extend(model, tokens[rows, t, None], mask, cache).logits[:, -1]
     truncated = torch.isin(torch.arange(P * G, device=device), rows)
     columns = (tokens, lengths, logprobs, entropy, truncated, logprobs * math.nan)
     return Batch(prompts, features.cpu(), *(x.cpu().unflatten(0, (P, G)) for x in columns))
@@ -523,7 +513,7 @@ def score(policy, batch, problems, reward):
 def pass_rates(rewards):
     """Share of rewards equal to 1 in each row, [P, G] -> [P]; NaN (in the log: null) where one lies
     outside [0, 1]."""
-    inside = ((rewards >= 0) & (rewards <= 1)).all(dim=1)
+    inside = (rewards.clamp(0, 1) == rewards).all(dim=1)
     return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
 
 
@@ -534,7 +524,8 @@ def evaluate(policy, problems, mine, size, reward, config):
     most, of_all = max(1, config.prompts * config.group // size), []
     for temperature in (0.0, config.temperature):
         rewards, texts = [], []
-        for rows in (mine[start : start + most] for start in range(0, len(mine), most)):
+        for start in range(0, len(mine), most):
+            rows = mine[start : start + most]
             part, uniforms = [problems[row] for row in rows], draw(config, EVALUATE, 0, rows, 1)
             batch = rollout(policy, [problem.prompt for problem in part], uniforms, temperature)
             texts += score(policy, batch, part, reward)
@@ -689,11 +680,9 @@ def probe_curvature(policy, batch, rows, direction, config):
 def describe_measured(found, features, scale, G, geometry):
     """The measurements' part of the step's log line, and of its prompts' lines by column.
     found: what measure_half left, two entries a prompt; features [P][D], scale [P] of all."""
-    vectors, line = torch.stack(found["vector"]).double(), {}  # [2P, D]
-    names = ("curvature", "reward_std_half", "pass_rate_half", "fisher_half")
-    columns = {k: [*zip(found[k][::2], found[k][1::2])] for k in names if k in found}
-    if columns:
-        columns["fisher"] = found["fisher"]
+    vectors, line = torch.stack(found.pop("vector")).double(), {}  # [2P, D]
+    columns = {k: v if k == "fisher" else [*zip(v[::2], v[1::2])] for k, v in found.items()}
+    if found:
         line["curvature"] = torch.tensor(found["curvature"], dtype=torch.float64).nanmean()
     if geometry:
         n, m, products = (G + 1) // 2, G // 2, vectors @ vectors.T  # [2P, 2P]
@@ -737,14 +726,13 @@ def train(config, dataset=None, reward=None, stop=()):
     # The KL term's policy is the present one: a second copy of what is trained, and of no more.
     first = {name: x.detach().clone() for name, x in policy.trained.items() if config.kl}
     reference = torch.no_grad()(with_weights(policy.model, first)) if first else None
-    geometry_every, probe_every, signs = config.geometry_every, config.probe_every, None
-    if geometry_every < 0:
-        geometry_every = 1 if trained <= SMALL else 25
-    if probe_every < 0:
-        probe_every = 10 if trained <= SMALL else 25
+    usual, signs = 1 if trained <= SMALL else 25, None
+    geometry_every = usual if config.geometry_every < 0 else config.geometry_every
+    probe_every = max(10, usual) if config.probe_every < 0 else config.probe_every
     if trained > SMALL and (geometry_every or probe_every):
         seeded = torch.Generator(config.device).manual_seed(0)
-        signs = torch.randint(2, (trained,), generator=seeded, device=config.device).char() * 2 - 1
+        how = dict(generator=seeded, device=config.device, dtype=torch.int8)
+        signs = torch.randint(2, (trained,), **how) * 2 - 1
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -753,9 +741,9 @@ def train(config, dataset=None, reward=None, stop=()):
     start, failed = load_checkpoint(config, policy, optimizer, rank) if config.resume else 0, 0
     if rank == 0:
         save_checkpoint(config, policy, optimizer, start)
-        name = getattr(reward, "__name__", reward)
         print(
-            f"{config.task}: {len(problems):,} problems, reward {name}, at most "
+            f"{config.task}: {len(problems):,} problems, "
+            f"reward {getattr(reward, '__name__', reward)}, at most "
             f"{config.max_new_tokens} new tokens; norm {config.norm}, {config.optimizer} at "
             f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
@@ -766,11 +754,10 @@ def train(config, dataset=None, reward=None, stop=()):
         if rank == 0 and step > start and due:
             save_checkpoint(config, policy, optimizer, step)
         if number:
-            name = signal.Signals(number).name
-            raise RunError(f"{name}: the same command with --resume goes on", 128 + number)
+            reason = f"{signal.Signals(number).name}: the same command with --resume goes on"
+            raise RunError(reason, 128 + number)
         evaluation = {}
-        every = config.eval_every or math.inf
-        if step in (0, config.steps) or step % every == 0:
+        if step in (0, config.steps) or step % (config.eval_every or math.inf) == 0:
             evaluation, samples = evaluate(policy, held_out, mine_held_out, size, reward, config)
             if rank == 0:
                 append(out / LOGS[2], [{"step": step} | sample for sample in samples])
@@ -786,10 +773,9 @@ def train(config, dataset=None, reward=None, stop=()):
         # Rollout and rewards.
         batch = rollout(policy, [problem.prompt for problem in own], uniforms, config.temperature)
         score(policy, batch, own, reward)
-        own_columns = batch.rewards, batch.lengths, batch.truncated, batch.entropy.sum(2)  # [P', G]
-        rewards, lengths, truncated, entropy = (  # [P, G] of all processes
-            torch.cat(gather([column])).double() for column in own_columns
-        )
+        columns = batch.rewards, batch.lengths, batch.truncated, batch.entropy.sum(2)  # [P', G]
+        all_columns = (torch.cat(gather([column])).double() for column in columns)
+        rewards, lengths, truncated, entropy = all_columns  # [P, G] of all processes
         sampled = time.perf_counter()
 
         # Advantages: here REINFORCE (none) and GRPO (std) part, and nowhere else.
@@ -810,9 +796,8 @@ def train(config, dataset=None, reward=None, stop=()):
             measured = (geometry or probe) and epoch == 0
             parts: Any = split_rows(batch, active, policy.limits)
             if measured:
-                halves = (0, (G + 1) // 2), ((G + 1) // 2, G)
-                firsts = range(0, len(mine) * G, G)
-                parts = [range(row + a, row + b) for row in firsts for a, b in halves]
+                groups = torch.arange(len(mine) * G).view(-1, G)
+                parts = [half.tolist() for group in groups for half in group.tensor_split(2)]
             for rows in parts:
                 mixed = [row for row in rows if row in active]
                 part = loss_gradient(policy, batch, mixed, config, reference)
@@ -820,7 +805,7 @@ def train(config, dataset=None, reward=None, stop=()):
                     master.grad += new
                 if measured:
                     measure_half(policy, batch, rows, part, signs, config, probe, found)
-            for master in masters if size > 1 else []:
+            for master in masters:
                 collective(dist.all_reduce, master.grad)
             grad_norm = float(clip_grad_norm_(masters, limit))
             grad_norms.append(grad_norm if entropy.isfinite().all() else math.nan)
@@ -845,24 +830,24 @@ def train(config, dataset=None, reward=None, stop=()):
             "length": lengths.mean(),
             "truncated": truncated.mean(),
             "grad_norm": np.mean(grad_norms),
-            "clipped": any(grad_norm > limit for grad_norm in grad_norms),
-            "skipped": sum(not math.isfinite(grad_norm) for grad_norm in grad_norms),
+            "clipped": max(grad_norms) > limit,
+            "skipped": int(np.sum(~np.isfinite(grad_norms))),
             "logprob_gap": max(gather([float(gaps.max())])),
             "lr": optimizer.param_groups[0]["lr"],
             "seconds_rollout": sampled - began,
             "seconds_update": updated - sampled,
             "tokens_per_second": lengths.sum() / (updated - began),
         }
-        columns = {"step": [step] * P, "prompt": ids, "pass_rate": rates}
-        columns |= {"reward_std": std, "scale": scale}
+        per_prompt = {"step": [step] * P, "prompt": ids, "pass_rate": rates, "reward_std": std}
+        per_prompt["scale"] = scale
         if geometry or probe:
             of_all = {name: gather(values) for name, values in found.items()}
             features = gather([*batch.features])
             more_line, more_columns = describe_measured(of_all, features, scale, G, geometry)
-            line, columns = line | more_line, columns | more_columns
+            line, per_prompt = line | more_line, per_prompt | more_columns
         if rank == 0:
             append(out / LOGS[0], [line | evaluation])
-            append(out / LOGS[1], [dict(zip(columns, row)) for row in zip(*columns.values())])
+            append(out / LOGS[1], [dict(zip(per_prompt, row)) for row in zip(*per_prompt.values())])
             if evaluation or step % 10 == 0 or updated - began > 1:
                 held = f"  held out {evaluation['eval_reward']:.3f}" if evaluation else ""
                 print(
@@ -1039,8 +1024,8 @@ def load_problems(config, dataset, reward):
     if test:
         return train, load_rows(test, graded)[: config.eval_problems]
     if len(train) < 3:
-        few = f"{len(train)} problems are too few to hold any out"
-        raise InputError(f"{few}: pass --eval-data FILE.jsonl")
+        few = f"{len(train)} problems are too few to hold any out: pass --eval-data FILE.jsonl"
+        raise InputError(few)
     count = min(config.eval_problems, len(train) // 3)
     train = [train[row] for row in np.random.default_rng(0).permutation(len(train))]
     return train[count:], train[:count]
@@ -1058,8 +1043,10 @@ def encode_problems(rows, policy, config):
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for text, prompt in zip(texts, prompts):
         if len(prompt) + config.max_new_tokens > context:
-            size = f"{len(prompt)} tokens and new ones exceed the context of {context}"
-            raise InputError(f"{size}: {text[:40]!r}")
+            size = (
+                f"{len(prompt)} tokens and new ones exceed the context of {context}: {text[:40]!r}"
+            )
+            raise InputError(size)
     return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]  # type: ignore[call-arg]
 
 
@@ -1067,8 +1054,8 @@ def check_model(policy, prompt, config):
     """Raises InputError for a model that rollout and training cannot use, or do not take for one
     distribution. Finds out whether it writes in place what a gradient needs: torch then has a
     context that keeps a copy."""
-    name = f"{config.model or config.task} ({policy.model.config.model_type})"
-    refusal = f"model {name} cannot be used"
+    kind = policy.model.config.model_type
+    refusal = f"model {config.model or config.task} ({kind}) cannot be used"
     limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
     for T in (2, 8):  # some layers have a way of their own for a single token
         endless = replace(policy, eos_ids=[-1])
@@ -1137,8 +1124,8 @@ def load_checkpoint(config, policy, optimizer, rank):
             state = json.loads(file.metadata()["state"])
             then = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
             then, now = asdict(replace(config, **then)), asdict(config)  # settled in one way
-            pairs = {name: (then[name], now[name]) for name in now if then[name] != now[name]}
-            differ = {name: pair for name, pair in pairs.items() if "auto" not in pair}
+            pairs = ((k, (v, now[k])) for k, v in then.items() if v != now[k])
+            differ = {name: pair for name, pair in pairs if "auto" not in pair}
             if differ:
                 raise ValueError(f"other settings, then and now: {differ}")
             if state["step"] > config.steps:
@@ -1176,9 +1163,11 @@ def join_processes(config):
 
 
 def collective(operation, *arguments):
-    """What all processes do together. Raises RunError where another one has stopped."""
+    """What all processes do together; nothing if there is but one. Raises RunError where another
+    one has stopped."""
     try:
-        operation(*arguments)
+        if dist.is_initialized():
+            operation(*arguments)
     except RuntimeError as error:
         raise RunError(f"another process has stopped: {error}") from error
 
@@ -1186,8 +1175,7 @@ def collective(operation, *arguments):
 def gather(part):
     """The lists of all processes, one after the other."""
     parts = [part] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if len(parts) > 1:
-        collective(dist.all_gather_object, parts, part)
+    collective(dist.all_gather_object, parts, part)
     return sum(parts, [])
 
 
@@ -1199,9 +1187,8 @@ def settle(config):
         name, value, allowed = entry.name, getattr(config, entry.name), get_args(entry.type)
         if allowed and value not in allowed:
             raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed).strip(', ')}")
-        low = least.get(name, 0)
-        if isinstance(value, (int, float)) and not low <= value < math.inf:
-            raise InputError(f"{name} is {value}, not a number from {low} on")
+        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
+            raise InputError(f"{name} is {value}, not a number from {least.get(name, 0)} on")
     if config.agg == "mean" or config.kl:
         if max(config.geometry_every, config.probe_every) > 0:
             raise InputError("with agg mean or kl the loss has another gradient than is measured")
@@ -1214,8 +1201,8 @@ def settle(config):
     config.max_new_tokens = config.max_new_tokens or task.max_new_tokens
     config.lr = config.lr or task.lr * (10 if config.lora else 1)
     if config.device in ("auto", "cuda"):  # each process of a machine takes the GPU of its number
-        gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        config.device = gpu if config.device == "cuda" or torch.cuda.is_available() else "cpu"
+        cuda = config.device == "cuda" or torch.cuda.is_available()
+        config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     try:
         torch.empty(0, dtype=torch.float64, device=config.device)  # which the measurements need
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -1246,8 +1233,8 @@ def main(arguments=None):
         train(Config(**vars(parser.parse_args(arguments))), stop=received)
     except (RunError, OSError, SafetensorError) as error:
         status = 2 if isinstance(error, InputError) else getattr(error, "status", 1)
-        kind = "error" if status == 2 else "stopped"
-        print(f"grpo.py: {kind}: {error}", file=sys.stderr, flush=True)
+        said = f"grpo.py: {'error' if status == 2 else 'stopped'}: {error}"
+        print(said, file=sys.stderr, flush=True)
         return status
     return 0
 

@@ -94,9 +94,9 @@ def save_model(kind: str, path: Path) -> str:
     return str(path)
 
 
-def make_policy(model, ends=(1,), **more) -> Policy:
+def make_policy(model, ends=(1,), limits=(4096, 4096)) -> Policy:
     masters = dict(model.named_parameters())
-    return Policy(model, None, list(ends), masters, masters, **more)
+    return Policy(model, None, list(ends), masters, masters, limits)
 
 
 def uniforms(P: int, G: int, T: int) -> torch.Tensor:
@@ -1139,10 +1139,10 @@ def test_an_unexpected_error_keeps_its_traceback_and_a_lost_process_is_one_line(
     def fail(*_, **__):
         raise RuntimeError("Connection closed by peer")
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(RunError, match="another process has stopped: Connection closed by peer"):
         grpo.collective(fail)
     monkeypatch.setattr(grpo, "train", fail)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(RuntimeError, match="^Connection closed by peer$"):
         command([])
 
