@@ -61,7 +61,7 @@ from datasets import Dataset, disable_progress_bars, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -356,7 +356,7 @@ def load_policy(config):
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in trained.items()}
     # A micro-batch holds its logits and their gradient: on a GPU there is room for some gigabytes.
-    most = (1 << (28 if cuda else 25)) // vocabulary
+    most = (1 << (28 if cuda else 24)) // vocabulary
     limits = (config.micro_batch or 4096, config.micro_batch or min(4096, most))
     return Policy(model, tokenizer, sorted(ends), trained, masters, limits)
 
@@ -379,10 +379,12 @@ def grouped_attention(module, query, key, value, mask, scaling=None, **options):
     """Attention with the query heads of a key head as further queries of it, which is faster on
     CPUs. query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N],
     added. Returns [B, T, H, D]."""
-    queries = query.reshape(*key.shape[:2], -1, query.shape[3])  # [B, K, H/K * T, D]
-    mask = mask.repeat(1, 1, query.shape[1] // key.shape[1], 1)
-    output = scaled_dot_product_attention(queries, key, value, mask, scale=scaling)
-    return output.reshape(*query.shape[:3], -1).transpose(1, 2).contiguous(), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    grouped = query.unflatten(1, (key.shape[1], -1)) * scaling  # [B, K, H/K, T, D]
+    scores = (grouped.flatten(2, 3) @ key.mT).unflatten(2, grouped.shape[2:4])
+    probs = (scores + mask[:, :, None]).softmax(dim=-1)  # [B, K, H/K, T, N]
+    output = (probs.flatten(2, 3) @ value).reshape(*query.shape[:3], -1)
+    return output.transpose(1, 2).contiguous(), None
 
 
 def with_weights(model, weights):
@@ -883,6 +885,10 @@ DIGITS += r"(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?"
 NUMBER = re.compile(
     rf"[\s*`$€£\\]*([-+]?)[\s$€£\\]*({DIGITS})[\s*`$€£\\%.]*(?:(?<=\s)[A-Za-z/ ]+[*`$.]*)?"
 )
+BRACED = r"(?:\\.|[^\\{}])*"  # what a pair of braces holds, with up to 8 pairs in each other
+for _ in range(8):
+    BRACED = rf"(?:\\.|[^\\{{}}]|\{{{BRACED}\}})*"
+MARKED = re.compile(rf"####\s*(.*)|\\(?:boxed|fbox)\s*(?:\{{({BRACED})\}}|([^\s${{]*[^\s${{.,]))")
 UNMARKED = re.compile(
     rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?"
 )  # "1-3" ends in 3, not -3
@@ -898,17 +904,8 @@ def marked_answer(text):
     marks = [*re.finditer(r"####|\\boxed|\\fbox", text)]
     if not marks:
         return None
-    rest, depth = text[marks[-1].end() :][:MAX_SPAN].lstrip(), 0
-    if marks[-1][0] == "####":
-        return rest.split("\n")[0].strip()
-    if not rest.startswith("{"):
-        return re.split(r"[\s$]", rest)[0].rstrip(".,")  # "\boxed 5"
-    for i, character in enumerate(rest):
-        if rest[i - 1 : i] != "\\":
-            depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i].strip()
-    return ""
+    found = MARKED.match(text[marks[-1].start() :][:MAX_SPAN])
+    return found[found.lastindex or 0].strip() if found else ""
 
 
 def grade(completion, answer):
