@@ -807,6 +807,7 @@ def train(config, dataset=None, reward=None, stop=()):
                     master.grad += new
                 if measured:
                     measure_half(policy, batch, rows, part, signs, config, probe, found)
+                part = new = None  # the next pass needs the memory
             for master in masters:
                 collective(dist.all_reduce, master.grad)
             grad_norm = float(clip_grad_norm_(masters, limit))
@@ -815,7 +816,6 @@ def train(config, dataset=None, reward=None, stop=()):
                 optimizer.step()
                 policy.publish()
             optimizer.zero_grad()
-            part = new = None  # a rollout needs the memory
         updated = time.perf_counter()
 
         # Log: a line speaks of the policy before this step's update.

@@ -1136,10 +1136,11 @@ def test_a_process_that_dies_ends_the_others_and_another_number_goes_on(tmp_path
     """Of 3 the last dies in step 3, after 2 * 7 rewards of the evaluation and 3 * 10 of steps."""
     changes = SHARED_OUT | dict(norm="batch", agg="token", save_every=2)
     config = settings(tmp_path / "run", **changes)
-    assert statuses(start(config, 3, death=14 + 30 + 5)) == [1, 1, -signal.SIGKILL]
+    processes = start(config, 3, death=14 + 30 + 5)
+    run(tmp_path / "whole", **changes)  # meanwhile
+    assert statuses(processes) == [1, 1, -signal.SIGKILL]
     assert len(read(tmp_path / "run")) == 3
     assert statuses(start(replace(config, resume=True), 2)) == [0, 0]
-    run(tmp_path / "whole", **changes)
     assert_like(tmp_path / "run", tmp_path / "whole")
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(InputError, match="4 prompts a step are too few for 5 processes"):
@@ -1259,9 +1260,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_completions_get_no_reward_in_bounded_time(text):
-    for completion in (text, f"\\boxed{{{text}}}"):
+    """As completions, and as a gold answer, which is never boxed."""
+    boxed = f"\\boxed{{{text}}}"
+    for completion, answer in ((text, "\\frac{3}{4}"), (boxed, "\\frac{3}{4}"), ("3", text)):
         began = time.perf_counter()
-        assert grpo.grade(completion, "\\frac{3}{4}") == grpo.grade("3", completion) == 0.0
+        assert grpo.grade(completion, answer) == 0.0
         assert time.perf_counter() - began < 3
 
 
@@ -1407,6 +1410,8 @@ def test_bad_input_is_one_line_and_status_2(line, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)  # without a network, at once
+    few = LETTERS._replace(train=LETTERS.test)  # problems: so that the others take no time
+    monkeypatch.setitem(grpo.TASKS, "letters", few)
     arguments, message = line.split(" -> ")
     assert command(arguments.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
