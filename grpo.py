@@ -91,12 +91,15 @@ class InputError(RunError):
 # ------------------- Settings: a field each; the command line is made from them -------------------
 
 
+TaskName = Literal["", "letters", "arith", "gsm8k", "math"]
+
+
 @dataclass
 class Config:
     """Settings of a run; --help shows the comments. Raises InputError for a value out of range."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
-    task: Literal["", "letters", "arith", "gsm8k", "math"] = ""  # empty: letters; own data: math
+    task: TaskName = ""  # problems and reward; empty: letters, or math with a --model or --data
     model: str = ""  # a directory or hub name; empty: the task's
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
     data: str = ""  # a JSONL file, or PATH[:NAME]:SPLIT of a hub data set; empty: the task's
@@ -379,6 +382,8 @@ def grouped_attention(module, query, key, value, mask, scaling=None, **options):
     """Attention with the query heads of a key head as further queries of it, which is faster on
     CPUs. query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N],
     added. Returns [B, T, H, D]."""
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("attention that is no plain softmax")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = query.unflatten(1, (key.shape[1], -1)) * scaling  # [B, K, H/K, T, D]
     scores = (grouped.flatten(2, 3) @ key.mT).unflatten(2, grouped.shape[2:4])
@@ -832,7 +837,7 @@ def train(config, dataset=None, reward=None, stop=()):
             "length": lengths.mean(),
             "truncated": truncated.mean(),
             "grad_norm": np.mean(grad_norms),
-            "clipped": max(grad_norms) > limit,
+            "clipped": any(grad_norm > limit for grad_norm in grad_norms),
             "skipped": int(np.sum(~np.isfinite(grad_norms))),
             "logprob_gap": max(gather([float(gaps.max())])),
             "lr": optimizer.param_groups[0]["lr"],
@@ -947,7 +952,9 @@ def exact_match(completion, answer):
 Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
 Problem = namedtuple("Problem", "question answer prompt")  # the prompt in the model's tokens
 QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
-LAST_LINE = "{question}\nReason step by step, then give the answer as a number, last line: #### N"
+LAST_LINE = (
+    "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
+)
 BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
 HERE = f"{Path(__file__).resolve().parent}/assets"
 TASKS = {
@@ -1051,8 +1058,9 @@ def check_model(policy, prompt, config):
     """Raises InputError for a model that rollout and training cannot use, or do not take for one
     distribution. Finds out whether it writes in place what a gradient needs: torch then has a
     context that keeps a copy."""
-    kind = policy.model.config.model_type
-    refusal = f"model {config.model or config.task} ({kind}) cannot be used"
+    refusal = (
+        f"model {config.model or config.task} ({policy.model.config.model_type}) cannot be used"
+    )
     limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
     for T in (2, 8):  # some layers have a way of their own for a single token
         endless = replace(policy, eos_ids=[-1])
@@ -1122,6 +1130,7 @@ def load_checkpoint(config, policy, optimizer, rank):
             then = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
             then, now = asdict(replace(config, **then)), asdict(config)  # settled in one way
             pairs = ((k, (v, now[k])) for k, v in then.items() if v != now[k])
+            # The dtype `auto`, which used to be stored as what it meant, goes with any.
             differ = {name: pair for name, pair in pairs if "auto" not in pair}
             if differ:
                 raise ValueError(f"other settings, then and now: {differ}")
