@@ -40,7 +40,7 @@ from scipy import optimize, stats
 METRICS = ["pass_rate", "reward", "reward_std", "eval_pass_rate", "eval_reward", "feature_cos"]
 METRICS += ["feature_cos_centered", "n_gradients", "cos_mean", "cos_std", "cos_positive"]
 METRICS += ["cos_small", "interference", "signal_share"]
-PROMPTS = ["reward_std", "grad_norm", "grad_sq_signal", "fisher"]
+PROMPTS = ["reward_std", "grad_norm", "grad_sq_signal"]
 HALVES = ["pass_rate_half", "reward_std_half", "fisher_half", "curvature"]
 # Compared runs may differ in these: settings that are compared, or that do not change training.
 FREE = {"norm", "seed", "lr", "out", "resume", "steps", "device", "micro_batch", "save_every"}
@@ -58,9 +58,10 @@ class Run:
     # A row a step: METRICS, C = (8/3) sigma, rate and held_out (mean rewards, so of rewards 0 and 1
     # pass rates).
     log: pd.DataFrame
-    # A row a prompt and step: PROMPTS, variance (of the same completions' rewards).
+    # A row a prompt and step: PROMPTS.
     prompts: pd.DataFrame
-    # A row a half of a group: step, HALVES, variance (of the other half's rewards, unbiased).
+    # A row a half of a group: step, HALVES, own_variance, variance (of the other half's rewards,
+    # unbiased).
     halves: pd.DataFrame
 
 
@@ -113,14 +114,14 @@ def read_run(path: Path) -> Run:
     log["rate"] = log["reward"].fillna(log["pass_rate"])
     log["held_out"] = log["eval_reward"].fillna(log["eval_pass_rate"])
     log["C"] = 8 / 3 * log["reward_std"]
-    prompts["variance"], halves, group = prompts["reward_std"] ** 2, [], config["group"]
+    halves, group = [], config["group"]
     # C and the predicted gain are defined for rewards of 0 and 1.
     if not np.allclose(log["rate"], log["pass_rate"], equal_nan=True):
         log["C"] = prompts["reward_std"] = math.nan
     for one, other, size in (("A", "B", group // 2), ("B", "A", (group + 1) // 2)):
         half = prompts[["step", *(key + one for key in HALVES)]].set_axis(["step", *HALVES], axis=1)
         variance = prompts["reward_std_half" + other] ** 2 * size / max(1, size - 1)
-        halves.append(half.assign(variance=variance))
+        halves.append(half.assign(variance=variance, own_variance=half["reward_std_half"] ** 2))
     given = log, prompts, pd.concat(halves).dropna(subset="reward_std_half")
     tables = [table.assign(norm=config["norm"], seed=config["seed"]) for table in given]
     return Run(path, config, skipped + more, int(trained.max()), *tables)
@@ -439,10 +440,9 @@ def compare(
     value, intervals [mean, low, high]), and for the picture series [steps, (label, seed)] and pairs
     [m, 2]."""
     last = min(run.end for run in runs)
-    names = ("log", "prompts", "halves")
-    log, prompts, halves = (pd.concat([getattr(run, name) for run in runs]) for name in names)
+    log, halves = (pd.concat([getattr(run, name) for run in runs]) for name in ("log", "halves"))
     held_out = log[log["step"] <= last + 1].groupby(["norm", "seed"])["held_out"].last()
-    log, prompts, halves = (table[table["step"] <= last] for table in (log, prompts, halves))
+    log, halves = (table[table["step"] <= last] for table in (log, halves))
     norms = sorted({*log["norm"]}, key=lambda norm: (norm == "none", norm != "std", norm))
     main = norms[0]  # the phases are those of this norm
     values = ["rate", "reward_std", "cos_mean", "cos_std"]
@@ -490,9 +490,9 @@ def compare(
     below = running.index[running[::-1].cummax()[::-1] < 1]
 
     # Over prompts, of all norms: correlations and exponents.
-    prompts, halves = (rows.set_index(["norm", "seed", "step"]) for rows in (prompts, halves))
+    halves = halves.set_index(["norm", "seed", "step"])
     sides = {f"pass rate {sign} ½": halves.query(f"pass_rate_half {sign} 0.5") for sign in "<>"}
-    fisher = {"same completions": prompts[["variance", "fisher"]]}
+    fisher = {"same completions": halves[["own_variance", "fisher_half"]]}
     fisher["across halves"] = halves[["variance", "fisher_half"]]
     curvature = {side: part[["reward_std_half", "curvature"]] for side, part in sides.items()}
     points = {"Fisher against reward variance": fisher, "curvature against σ": curvature}

@@ -65,27 +65,25 @@ from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2LMHeadModel,
     HfArgumentParser,
 )
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.utils import logging as transformers_logging
 
 
 class RunError(RuntimeError):
     """A run that cannot go on: one line, exit status 1 or as given, the last checkpoint whole."""
 
-    def __init__(self, message: str, status: int = 1) -> None:
-        super().__init__(" ".join(message.split()))
-        self.status = status
+    status = 1
 
 
 class InputError(RunError):
     """What the user gave cannot be used: one line, exit status 2, no run begun or changed."""
+
+    status = 2
 
 
 # ------------------- Settings: a field each; the command line is made from them -------------------
@@ -222,10 +220,10 @@ def count_sketch(tensors, signs, size):
     a prime size also where the large entries lie in columns of a matrix."""
     sums, start = torch.zeros(size, device=signs.device), 0
     for part in (x.flatten() for x in tensors):
-        signed = part.float() * signs[start : start + len(part)]
+        signed = part * signs[start : start + len(part)]
         before = start % size  # zeros that bring the part's first entry to its sum
         padded = torch.nn.functional.pad(signed, (before, -(before + len(part)) % size))
-        sums += padded.view(-1, size).sum(dim=0)
+        sums += padded.view(-1, size).sum(dim=0, dtype=torch.float32)
         start += len(part)
     return sums
 
@@ -243,7 +241,7 @@ def gradient_geometry(gram, half_products, group):
     gram: [P, P] inner products of their gradients, from leave-one-out advantages, zeros where all
     rewards are equal. half_products: [P], of the gradients of the two halves of a prompt's `group`
     completions, means over their half. Of pairs of gradients: the cosine's mean, deviation, shares
-    above 0 and below 0.1 in size, mean size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal,
+    above 0 and below 0.1 in size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal,
     P if equal, below 1 in conflict. signal_share: the part of sum |g|^2 that is not noise;
     cos_signal: mean inner product of two prompts over the mean squared norm, unbiased, as
     E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2 on-policy. NaN for what lacks two gradients, or a signal."""
@@ -255,7 +253,6 @@ def gradient_geometry(gram, half_products, group):
         "cos_std": cosines.std(correction=0) if count > 1 else total,
         "cos_positive": (cosines > 0).double().mean(),
         "cos_small": (cosines.abs() < 0.1).double().mean(),
-        "cos_abs": cosines.abs().mean(),
         "interference": gram.sum() / total,
         "signal_share": signal / total,
         "cos_signal": (gram.sum() - total) / (P - 1) / signal.where(signal > 0, torch.nan),
@@ -319,7 +316,7 @@ class Policy:
     tokenizer: Any
     eos_ids: list[int]  # any of them ends a completion
     trained: dict[str, Any]  # the model's parameters that are trained, by name
-    masters: dict[str, Tensor]  # the same in float32: the parameters themselves if they are
+    masters: dict[str, Tensor]  # the same in float32, sharing the parameters' memory if they are
     limits: tuple[int, int]  # of a micro-batch: tokens, completion tokens
     guard: Callable = nullcontext  # a context that a model needs which writes in place
 
@@ -334,20 +331,21 @@ def load_policy(config):
     path, cuda = config.model or TASKS[config.task].model, "cuda" in config.device
     kind = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
     safe = dict(trust_remote_code=False)  # no code from a model's directory is executed
+    attention = None if cuda else "eager"  # the faster one on CPUs
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, **safe)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=kind, attn_implementation=attention, **safe
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
-        if not cuda and model.config._attn_implementation == "sdpa":
-            AttentionInterface.register("grouped", grouped_attention)
-            AttentionMaskInterface.register("grouped", eager_mask)
-            model.set_attn_implementation("grouped")
         vocabulary = len(model.get_output_embeddings().weight)
         if config.lora:  # arXiv 2106.09685; in float32, beside weights of any type
             import peft
 
             torch.manual_seed(0)  # the same start for every norm, seed and process
-            how = dict(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
-            model = peft.get_peft_model(model, peft.LoraConfig(**how))
+            adapters = peft.LoraConfig(
+                r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"
+            )
+            model = peft.get_peft_model(model, adapters)
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would train another distribution than is sampled
@@ -357,10 +355,10 @@ def load_policy(config):
     if not ends:
         raise InputError(f"model {path} names no end-of-sequence token")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masters = {n: p if p.dtype == torch.float32 else p.detach().float() for n, p in trained.items()}
+    masters = {name: p.detach().float() for name, p in trained.items()}
     # A micro-batch holds its logits and their gradient: on a GPU there is room for some gigabytes.
     most = (1 << (28 if cuda else 24)) // vocabulary
-    limits = (config.micro_batch or 4096, config.micro_batch or min(4096, most))
+    limits = config.micro_batch or 4096, config.micro_batch or min(4096, most)
     return Policy(model, tokenizer, sorted(ends), trained, masters, limits)
 
 
@@ -373,23 +371,8 @@ def end_of_turn(tokenizer):
         text = tokenizer.apply_chat_template(dialog, tokenize=False)
     except Exception:  # a template raises what it likes
         return set()
-    _, found, rest = text.rpartition("ANSWER")
-    tokens = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+    tokens = tokenizer(text.partition("ANSWER")[2], add_special_tokens=False)["input_ids"]
     return {*tokens[:1]} & {*tokenizer.all_special_ids}
-
-
-def grouped_attention(module, query, key, value, mask, scaling=None, **options):
-    """Attention with the query heads of a key head as further queries of it, which is faster on
-    CPUs. query: [B, H, T, D]; key, value: [B, K, N, D], K divides H; mask: [B or 1, 1, T, N],
-    added. Returns [B, T, H, D]."""
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("attention that is no plain softmax")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query.unflatten(1, (key.shape[1], -1)) * scaling  # [B, K, H/K, T, D]
-    scores = (grouped.flatten(2, 3) @ key.mT).unflatten(2, grouped.shape[2:4])
-    probs = (scores + mask[:, :, None]).softmax(dim=-1)  # [B, K, H/K, T, N]
-    output = (probs.flatten(2, 3) @ value).reshape(*query.shape[:3], -1)
-    return output.transpose(1, 2).contiguous(), None
 
 
 def with_weights(model, weights):
@@ -447,7 +430,7 @@ def prompt_rows(step, config, problems):
 def draw(config, purpose, step, rows, group):
     """Uniforms [rows, group, T]: every row of every step has a stream of its own."""
     streams = (np.random.default_rng((config.seed, purpose, step, row)) for row in rows)
-    shape = (group, config.max_new_tokens)
+    shape = group, config.max_new_tokens
     return torch.from_numpy(np.stack([stream.random(shape, np.float32) for stream in streams]))
 
 
@@ -600,8 +583,9 @@ def loss_gradient(policy, batch, rows, config, reference=None):
             old = first[part].to(logprobs)
             old = torch.where(old.isnan(), logprobs.detach(), old)
             first[part] = old.cpu()
-            columns = (batch.advantages, batch.weights)
-            advantages, weights = (x.reshape(-1, 1)[part].to(logprobs) for x in columns)
+            advantages, weights = (
+                x.reshape(-1, 1)[part].to(logprobs) for x in (batch.advantages, batch.weights)
+            )
             loss = policy_loss(logprobs, old, advantages, weights, config.clip)
             if reference:
                 anchor = completion_logprobs(policy, batch, part, config, reference)
@@ -628,38 +612,34 @@ def measure_half(policy, batch, rows, part, signs, config, probe, found):
     """Append to the lists in `found`, by name, what one half of a prompt's completions says.
     part: its part of the update's gradient. The half's own gradient is that of the expected reward:
     uphill, the mean over the half of leave-one-out advantages * grad log pi. signs: of
-    count_sketch, or None: vectors stay whole. The second half adds the Fisher proxy of all."""
+    count_sketch, or None: vectors stay whole."""
     G, n, rewards = batch.lengths.shape[1], len(rows), batch.rewards.flatten()[rows]
     p = rows[0] // G
     scaled = float(batch.scale[p] * batch.weights[p, 0])  # 0 if all rewards are equal
     # That is divided out; leave-one-out advantages are G/(G-1) times those to the group's mean.
-    own = [x.float() * (-G / (G - 1) / n / scaled if scaled else 0.0) for x in part]
+    factor = -G / (G - 1) / n / scaled if scaled else 0.0
     small = signs is None
-    vector = torch.cat([x.flatten() for x in own]) if small else count_sketch(own, signs, SKETCH)
-    found["vector"].append(vector.cpu())
+    vector = torch.cat([x.flatten() for x in part]) if small else count_sketch(part, signs, SKETCH)
+    found["vector"].append(vector.float().cpu() * factor)
     if not probe:
         return
-    direction = dict(zip(policy.masters, own))
-    found["curvature"].append(probe_curvature(policy, batch, rows, direction, config))
+    length = float(found["vector"][-1].norm())
+    found["curvature"].append(probe_curvature(policy, batch, rows, part, length, config))
     found["reward_std_half"].append(rewards.std(correction=0))
     found["pass_rate_half"].append(pass_rates(rewards[None])[0])
     # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
     alike = torch.ones_like(batch.weights)
     plain = replace(batch, advantages=-alike, weights=alike / G)
-    score = loss_gradient(policy, plain, rows, config)
-    found["fisher_half"].append(G**2 / n * square(score))
-    first = found.pop("score", None)
-    if first is None:
-        found["score"] = score
-    else:
-        found["fisher"].append(G * square([a.float() + b for a, b in zip(first, score)]))
+    score = square(loss_gradient(policy, plain, rows, config))
+    found["fisher_half"].append(G**2 / n * score)
 
 
-def probe_curvature(policy, batch, rows, direction, config):
+def probe_curvature(policy, batch, rows, part, length, config):
     """Curvature of a prompt's expected reward along the gradient of one half's rows, on the other
-    half's samples. These have their own leave-one-out baseline: next to nothing of the direction's
-    noise is in it. NaN if they are a single one, or the direction's half was rewarded alike: its
-    gradient then is of the others' rewards alone."""
+    half's samples. part: that gradient but for a factor; length: its own. The samples have a
+    leave-one-out baseline of their own: next to nothing of the direction's noise is in it. NaN if
+    they are a single one, or the direction's half was rewarded alike: its gradient then is of the
+    others' rewards alone."""
     G, own = batch.lengths.shape[1], batch.rewards.flatten()[rows]
     p = rows[0] // G
     others = [row for row in range(p * G, p * G + G) if row not in rows]
@@ -679,31 +659,29 @@ def probe_curvature(policy, batch, rows, direction, config):
 
     # The gradient is a mean of advantage * grad log pi: over the rewards' deviation it is about as
     # large as grad log pi is along it.
-    slope = square(direction.values()) ** 0.5 / float(batch.rewards[p].std(correction=0))
-    advantages = (rewards - rewards.mean()) * n / (n - 1)
-    return directional_curvature(sequence_logprobs, policy.masters, direction, advantages, slope)
+    slope = length / float(batch.rewards[p].std(correction=0))
+    advantages, masters = (rewards - rewards.mean()) * n / (n - 1), policy.masters
+    direction = dict(zip(masters, part))  # up or down, the curvature is the same
+    return directional_curvature(sequence_logprobs, masters, direction, advantages, slope)
 
 
-def describe_measured(found, features, scale, G, geometry):
+def describe_measured(found, features, G, geometry):
     """The measurements' part of the step's log line, and of its prompts' lines by column.
-    found: what measure_half left, two entries a prompt; features [P][D], scale [P] of all."""
+    found: what measure_half left, two entries a prompt; features [P][D] of all."""
     vectors, line = torch.stack(found.pop("vector")).double(), {}  # [2P, D]
-    columns = {k: v if k == "fisher" else [*zip(v[::2], v[1::2])] for k, v in found.items()}
+    columns = {name: [*zip(values[::2], values[1::2])] for name, values in found.items()}
     if found:
         line["curvature"] = torch.tensor(found["curvature"], dtype=torch.float64).nanmean()
     if geometry:
         n, m, products = (G + 1) // 2, G // 2, vectors @ vectors.T  # [2P, 2P]
         AA, AB, BB = products[::2, ::2], products[::2, 1::2], products[1::2, 1::2]
         gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / G**2  # [P, P]
-        lengths = gram.diagonal().sqrt()
         line |= gradient_geometry(gram, AB.diagonal(), G)
         x = torch.stack(features).double()
         for name, y in (("feature_cos", x), ("feature_cos_centered", x - x.mean(dim=0))):
             line[name] = pair_cosines(y @ y.T).abs().mean()
-        columns |= {"grad_norm": lengths, "grad_sq_signal": AB.diagonal() / (1 + 1 / (G - 1) ** 2)}
-        # Of a prompt without a gradient 0/0. The update, before clipping and optimizer, is the sum
-        # of the scaled gradients.
-        columns["cos_update"] = gram @ scale / (lengths * (scale @ gram @ scale).sqrt())
+        columns["grad_norm"] = gram.diagonal().sqrt()
+        columns["grad_sq_signal"] = AB.diagonal() / (1 + 1 / (G - 1) ** 2)
     return line, columns
 
 
@@ -737,9 +715,9 @@ def train(config, dataset=None, reward=None, stop=()):
     geometry_every = usual if config.geometry_every < 0 else config.geometry_every
     probe_every = max(10, usual) if config.probe_every < 0 else config.probe_every
     if trained > SMALL and (geometry_every or probe_every):
-        seeded = torch.Generator(config.device).manual_seed(0)
-        how = dict(generator=seeded, device=config.device, dtype=torch.int8)
-        signs = torch.randint(2, (trained,), **how) * 2 - 1
+        rng = torch.Generator(config.device).manual_seed(0)
+        signs = torch.randint(2, (trained,), generator=rng, device=rng.device, dtype=torch.int8)
+        signs = signs * 2 - 1
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -761,8 +739,9 @@ def train(config, dataset=None, reward=None, stop=()):
         if rank == 0 and step > start and due:
             save_checkpoint(config, policy, optimizer, step)
         if number:
-            reason = f"{signal.Signals(number).name}: the same command with --resume goes on"
-            raise RunError(reason, 128 + number)
+            stopped = RunError(f"{signal.Signals(number).name}: the same with --resume goes on")
+            stopped.status = 128 + number
+            raise stopped
         evaluation = {}
         if step in (0, config.steps) or step % (config.eval_every or math.inf) == 0:
             evaluation, samples = evaluate(policy, held_out, mine_held_out, size, reward, config)
@@ -781,14 +760,15 @@ def train(config, dataset=None, reward=None, stop=()):
         batch = rollout(policy, [problem.prompt for problem in own], uniforms, config.temperature)
         score(policy, batch, own, reward)
         columns = batch.rewards, batch.lengths, batch.truncated, batch.entropy.sum(2)  # [P', G]
-        all_columns = (torch.cat(gather([column])).double() for column in columns)
-        rewards, lengths, truncated, entropy = all_columns  # [P, G] of all processes
+        rewards, lengths, truncated, entropy = (  # [P, G] of all processes
+            torch.cat(gather([column])).double() for column in columns
+        )
         sampled = time.perf_counter()
 
         # Advantages: here REINFORCE (none) and GRPO (std) part, and nowhere else.
         advantages = group_advantages(rewards, config.norm)  # [P, G]
         weights = token_weights(lengths, config.agg)  # [P, G]
-        scale = advantage_scale(rewards, config.norm)[:, 0]  # [P], for the measurements
+        scale = advantage_scale(rewards, config.norm)[:, 0]  # [P], to be measured and logged
         batch.advantages, batch.weights, batch.scale = advantages[mine], weights[mine], scale[mine]
 
         # Gradient: a sum over parts of the batch, of micro-batches or, where they are measured, of
@@ -800,8 +780,8 @@ def train(config, dataset=None, reward=None, stop=()):
         for epoch in range(config.epochs):
             for master in masters:
                 master.grad = torch.zeros_like(master)
-            measured = (geometry or probe) and epoch == 0
             parts: Any = split_rows(batch, active, policy.limits)
+            measured = (geometry or probe) and epoch == 0
             if measured:
                 groups = torch.arange(len(mine) * G).view(-1, G)
                 parts = [half.tolist() for group in groups for half in group.tensor_split(2)]
@@ -850,7 +830,7 @@ def train(config, dataset=None, reward=None, stop=()):
         if geometry or probe:
             of_all = {name: gather(values) for name, values in found.items()}
             features = gather([*batch.features])
-            more_line, more_columns = describe_measured(of_all, features, scale, G, geometry)
+            more_line, more_columns = describe_measured(of_all, features, G, geometry)
             line, per_prompt = line | more_line, per_prompt | more_columns
         if rank == 0:
             append(out / LOGS[0], [line | evaluation])
@@ -894,9 +874,8 @@ BRACED = r"(?:\\.|[^\\{}])*"  # what a pair of braces holds, with up to 8 pairs 
 for _ in range(8):
     BRACED = rf"(?:\\.|[^\\{{}}]|\{{{BRACED}\}})*"
 MARKED = re.compile(rf"####\s*(.*)|\\(?:boxed|fbox)\s*(?:\{{({BRACED})\}}|([^\s${{]*[^\s${{.,]))")
-UNMARKED = re.compile(
-    rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?"
-)  # "1-3" ends in 3, not -3
+# The last number of a text: "1-3" ends in 3, not in -3.
+UNMARKED = re.compile(rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?")
 # Legal LaTeX that takes for ever, or memory that the parser never gives back: no answer has it.
 BOMB = re.compile(
     r"(?<!\\)!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}"
@@ -952,42 +931,18 @@ def exact_match(completion, answer):
 Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
 Problem = namedtuple("Problem", "question answer prompt")  # the prompt in the model's tokens
 QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
-LAST_LINE = (
-    "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
-)
+LAST = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
 BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
 HERE = f"{Path(__file__).resolve().parent}/assets"
+LETTERS = f"{HERE}/letters/train.jsonl", f"{HERE}/letters/test.jsonl", f"{HERE}/letters/model"
+ARITH = f"{HERE}/arith/train.jsonl", f"{HERE}/arith/test.jsonl", f"{HERE}/arith/model"
+GSM8K = "openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN
+MATH = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
 TASKS = {
-    "letters": Task(
-        f"{HERE}/letters/train.jsonl",
-        f"{HERE}/letters/test.jsonl",
-        f"{HERE}/letters/model",
-        exact_match,
-        6,
-        2e-4,
-        "{question}",
-    ),
-    "arith": Task(
-        f"{HERE}/arith/train.jsonl",
-        f"{HERE}/arith/test.jsonl",
-        f"{HERE}/arith/model",
-        exact_match,
-        6,
-        3e-4,
-        "{question}",
-    ),
-    "gsm8k": Task(
-        "openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN, grade, 512, 1e-6, LAST_LINE
-    ),
-    "math": Task(
-        "DigitalLearningGmbH/MATH-lighteval:default:train",
-        "HuggingFaceH4/MATH-500:default:test",
-        QWEN,
-        grade,
-        1024,
-        1e-6,
-        BOXED,
-    ),
+    "letters": Task(*LETTERS, exact_match, 6, 2e-4, "{question}"),
+    "arith": Task(*ARITH, exact_match, 6, 3e-4, "{question}"),
+    "gsm8k": Task(*GSM8K, grade, 512, 1e-6, LAST),
+    "math": Task(*MATH, QWEN, grade, 1024, 1e-6, BOXED),
 }
 COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
@@ -1005,8 +960,7 @@ def load_rows(source, graded, raw=None):
         raise InputError(f"cannot load {source}: {error} {OFFLINE}") from error
     found = [next((n for n in names if n in raw.column_names), "") for names in COLUMNS]
     if not all(found) or not len(raw):
-        columns = f"no column of each of {COLUMNS} in {raw.column_names}"
-        raise InputError(f"{source}: no rows, or {columns}")
+        raise InputError(f"{source}: no row, or no column of each of {COLUMNS}: {raw.column_names}")
     rows = []
     for number, (asked, answer) in enumerate(zip(*(raw[name] for name in found)), 1):
         text = "" if answer is None else str(answer).strip()
@@ -1028,8 +982,7 @@ def load_problems(config, dataset, reward):
     if test:
         return train, load_rows(test, graded)[: config.eval_problems]
     if len(train) < 3:
-        few = f"{len(train)} problems are too few to hold any out: pass --eval-data FILE.jsonl"
-        raise InputError(few)
+        raise InputError(f"{len(train)} problems are too few to hold any out: pass --eval-data")
     count = min(config.eval_problems, len(train) // 3)
     train = [train[row] for row in np.random.default_rng(0).permutation(len(train))]
     return train[count:], train[:count]
@@ -1047,10 +1000,9 @@ def encode_problems(rows, policy, config):
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for text, prompt in zip(texts, prompts):
         if len(prompt) + config.max_new_tokens > context:
-            size = (
-                f"{len(prompt)} tokens and new ones exceed the context of {context}: {text[:40]!r}"
+            raise InputError(
+                f"prompt and new tokens exceed the context of {context}: {text[:40]!r}"
             )
-            raise InputError(size)
     return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]  # type: ignore[call-arg]
 
 
@@ -1058,9 +1010,8 @@ def check_model(policy, prompt, config):
     """Raises InputError for a model that rollout and training cannot use, or do not take for one
     distribution. Finds out whether it writes in place what a gradient needs: torch then has a
     context that keeps a copy."""
-    refusal = (
-        f"model {config.model or config.task} ({policy.model.config.model_type}) cannot be used"
-    )
+    kind = policy.model.config.model_type
+    refusal = f"model {config.model or config.task} ({kind}) cannot be used"
     limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
     for T in (2, 8):  # some layers have a way of their own for a single token
         endless = replace(policy, eos_ids=[-1])
@@ -1129,15 +1080,12 @@ def load_checkpoint(config, policy, optimizer, rank):
             state = json.loads(file.metadata()["state"])
             then = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
             then, now = asdict(replace(config, **then)), asdict(config)  # settled in one way
-            pairs = ((k, (v, now[k])) for k, v in then.items() if v != now[k])
-            # The dtype `auto`, which used to be stored as what it meant, goes with any.
-            differ = {name: pair for name, pair in pairs if "auto" not in pair}
+            # The dtype auto goes with any: masters are float32.
+            differ = {k: (v, now[k]) for k, v in then.items() if now[k] not in (v, "auto")}
             if differ:
                 raise ValueError(f"other settings, then and now: {differ}")
             if state["step"] > config.steps:
-                raise ValueError(
-                    f"{state['step']} steps are made already, above --steps {config.steps}"
-                )
+                raise ValueError(f"{state['step']} steps are made, above --steps {config.steps}")
             for name, size in state["logs"].items():
                 if (out / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
@@ -1220,8 +1168,8 @@ def main(arguments=None):
     """The command line; returns the exit status."""
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
-    about = dict(prog="grpo.py", description=str(__doc__).splitlines()[0])
-    parser = HfArgumentParser(Config, allow_abbrev=False, **about)  # type: ignore[arg-type]
+    about = str(__doc__).splitlines()[0]
+    parser = HfArgumentParser(Config, prog="grpo.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
@@ -1238,9 +1186,9 @@ def main(arguments=None):
     try:
         train(Config(**vars(parser.parse_args(arguments))), stop=received)
     except (RunError, OSError, SafetensorError) as error:
-        status = 2 if isinstance(error, InputError) else getattr(error, "status", 1)
+        status = getattr(error, "status", 1)
         said = f"grpo.py: {'error' if status == 2 else 'stopped'}: {error}"
-        print(said, file=sys.stderr, flush=True)
+        print(*said.split(), file=sys.stderr, flush=True)  # one line of what may be several
         return status
     return 0
 

@@ -50,8 +50,6 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more only co
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 LETTERS = grpo.TASKS["letters"]
-transformers.AttentionInterface.register("grouped", grpo.grouped_attention)
-transformers.AttentionMaskInterface.register("grouped", grpo.eager_mask)
 
 # --------------------------------------- models and groups ----------------------------------------
 
@@ -217,18 +215,18 @@ sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0)
 count_sketch([T([[1.0, 2], [3, 4]]), T([5.0, 6, 7, 8])], T([1, -1, 1, 1, 1, -1, 1, -1]), 3)
   -> [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
 pair_cosines(T([[1.0, 3, 0, 0], [3, 25, 0, 4], [0] * 4, [0, 4, 0, 1]])) -> [3 / 5, 0, 4 / 5]
-# number; cosines' mean, deviation, shares above 0 and small, size; interference, signal share,
+# number; cosines' mean, deviation, shares above 0 and small; interference, signal share,
 # corrected cosine
-geometry(gradient_geometry, [[1, 2]] * 3) -> [3, 1, 0, 1, 0, 1, 3, 1, 1]
+geometry(gradient_geometry, [[1, 2]] * 3) -> [3, 1, 0, 1, 0, 3, 1, 1]
 geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]])
-  -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 1/3, 8/14, 1, -3/14]
+  -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 8/14, 1, -3/14]
 geometry(gradient_geometry, [[1, 0], [3, 4], [0, 1]])
-  -> [3, 7/15, (1/3 - 49/225)**0.5, 2/3, 1/3, 7/15, 41/27, 1, 7/27]
+  -> [3, 7/15, (1/3 - 49/225)**0.5, 2/3, 1/3, 41/27, 1, 7/27]
 # a prompt without a gradient; halves that disagree, so no signal; one gradient, so no angle
 geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], 0.5)
-  -> [2, 0.6, 0, 1, 0, 0.6, 52/34, 0.5, 9/17]
-geometry(gradient_geometry, [[1, 0]] * 2, -1.0) -> [2, 1, 0, 1, 0, 1, 2, -1, nan]
-geometry(gradient_geometry, [[1, 1], [0, 0]]) -> [1] + [nan] * 8
+  -> [2, 0.6, 0, 1, 0, 52/34, 0.5, 9/17]
+geometry(gradient_geometry, [[1, 0]] * 2, -1.0) -> [2, 1, 0, 1, 0, 2, -1, nan]
+geometry(gradient_geometry, [[1, 1], [0, 0]]) -> [1] + [nan] * 7
 # mean of A (c^2 + d), whatever the first guess of the step
 curvature(directional_curvature, 1e-3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
 curvature(directional_curvature, 1e3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
@@ -315,8 +313,7 @@ def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
 
 PASSES = [
     ("gpt2", "sdpa", 0.7),
-    ("gpt2", "grouped", 1.0),
-    ("llama", "grouped", 0.7),
+    ("llama", "eager", 0.7),
     ("gemma2", "eager", 1.0),
 ]
 
@@ -390,7 +387,7 @@ KINDS += ", mixtral sequence, granite mean, cohere token, gpt-neo mean"
 @pytest.mark.parametrize(("kind", "agg"), [pair.split() for pair in KINDS.split(", ")])
 def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg):
     """Several prompts of unequal length in a micro-batch, one of one token, or one completion."""
-    naive, attention = make_model(kind), "grouped" if kind == "llama" else ""
+    naive, attention = make_model(kind), "eager" if kind == "llama" else ""
     policy = make_policy(make_model(kind, attention=attention))
     batch, config = sample_batch(policy, agg), Config(temperature=0.8, device="cpu")
     now = naive_logprobs(naive, batch, 0.8)
@@ -663,7 +660,7 @@ def measure(policy: Policy, batch: Batch, p: int, config: Config) -> dict:
         active = rows if batch.advantages[p].any() else []
         part = grpo.loss_gradient(policy, batch, active, config)
         grpo.measure_half(policy, batch, rows, part, None, config, True, found)
-    return found | {"fisher": found["fisher"][0]}
+    return found
 
 
 @pytest.mark.parametrize("G", [2, 3, 4])
@@ -681,14 +678,14 @@ def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
                 assert math.isnan(value) == (alike or len(other) < 2)
             A, B = (vector.double() for vector in found["vector"])
             whole = (first * A + (G - first) * B) / G
-            values = torch.tensor([found["fisher"], *found["fisher_half"], A @ B, whole @ whole])
+            values = torch.tensor([*found["fisher_half"], A @ B, whole @ whole])
             average += probs[list(actions)].prod() * torch.cat([whole, values])
-        expected = torch.cat([gradient, (probs @ scores.square().sum(1)).expand(3)])
-        torch.testing.assert_close(average[:9], expected, rtol=1e-5, atol=1e-6)
+        expected = torch.cat([gradient, (probs @ scores.square().sum(1)).expand(2)])
+        torch.testing.assert_close(average[:8], expected, rtol=1e-5, atol=1e-6)
         truth.append(gradient)
         averages.append(average)
     gram = torch.stack(truth) @ torch.stack(truth).T
-    products, squares = torch.stack(averages).T[9:]
+    products, squares = torch.stack(averages).T[8:]
     found = grpo.gradient_geometry(gram - gram.diagonal().diag() + squares.diag(), products, G)
     expected = [float(2 * gram[0, 1] / gram.trace()), float(gram.trace() / squares.sum())]
     assert [found["cos_signal"], found["signal_share"]] == pytest.approx(expected, rel=1e-5)
@@ -740,8 +737,8 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
         halves = sums.view(2, 4), (r - (r.sum() - r) / 7).view(2, 4)
         wanted = [gradient((A * s).mean()) for s, A in zip(*halves)]
         assert all(relative_error(v, g) < close for v, g in zip(found["vector"], wanted))
-        fisher = [len(s) * float(gradient(s.mean()).square().sum()) for s in (sums, *halves[0])]
-        assert [found["fisher"], *found["fisher_half"]] == pytest.approx(fisher, rel=2 * close)
+        fisher = [4 * float(gradient(s.mean()).square().sum()) for s in halves[0]]
+        assert found["fisher_half"] == pytest.approx(fisher, rel=2 * close)
         v = found["vector"][0].double() / found["vector"][0].norm()
         own = (r[4:] - r[4:].mean()) * 4 / 3
         surrogate = (own * (sums[4:] - sums[4:].detach()).exp()).mean()
@@ -753,14 +750,13 @@ def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
 
 
 def test_the_description_of_a_measured_step_by_hand():
-    """Gradients (1, 0) and (3, 4), scaled by 2 and 1: the update is (5, 4); hidden states like
-    them. The first half has 2 of 3 completions."""
+    """Gradients (1, 0) and (3, 4), of which the first half has 2 of 3 completions; hidden states
+    like them."""
     vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     apart = torch.tensor([[0.5, 2.0], [-1.0, -4.0]])
     found = {"vector": [v + half for v in vectors for half in apart]}
-    scale = torch.tensor([2.0, 1.0]).double()
-    line, columns = grpo.describe_measured(found, [*vectors], scale, 3, True)
-    assert columns["cos_update"].tolist() == pytest.approx([5 / 41**0.5, 31 / (5 * 41**0.5)])
+    line, columns = grpo.describe_measured(found, [*vectors], 3, True)
+    assert columns["grad_norm"].tolist() == pytest.approx([1, 5])
     assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
 
 
@@ -785,9 +781,9 @@ def assert_same_run(out, other) -> None:
 
 KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated
     grad_norm clipped skipped logprob_gap lr"""
-MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small cos_abs interference signal_share
+MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small interference signal_share
     cos_signal feature_cos feature_cos_centered"""
-PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher", "fisher_half"]
+PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher_half"]
 
 
 def test_the_advantages_decide_the_update_of_a_measured_step_too(tmp_path, monkeypatch):
@@ -859,10 +855,9 @@ def test_what_a_run_leaves(whole):
         (lines.signal_share, share.where(count > 1)),
     ):
         np.testing.assert_allclose(name.astype(float), expected, rtol=1e-6, atol=1e-9)
-    for present in (rows.grad_norm > 0, rows.cos_update.notna()):
-        assert (present == (std > 0)).all()
+    assert ((rows.grad_norm > 0) == (std > 0)).all()
     probed = rows[rows.step % 4 == 0]
-    assert rows[PROBES].notna().all(axis=1).equals(rows.step % 4 == 0) and (probed.fisher > 0).all()
+    assert rows[PROBES].notna().all(axis=1).equals(rows.step % 4 == 0)
     found, deviations, rates = (np.array(probed[name].tolist(), float) for name in PROBES[:3])
     np.testing.assert_allclose(rates @ [0.6, 0.4], probed.pass_rate)
     np.testing.assert_allclose(deviations, (rates - rates**2) ** 0.5)
@@ -955,7 +950,7 @@ def exchange(out: Path) -> None:
 HARM = [  # what happens to the files, settings of the resuming run, what is said
     (None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
     (None, dict(norm="none", lr=2e-3), "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002"),
-    (None, dict(steps=3), "10 steps.* already, above --steps 3"),
+    (None, dict(steps=3), "10 steps are made, above --steps 3"),
     (cut(grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
     (exchange, {}, "state.safetensors: .* tensor"),
     (cut("prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
@@ -1104,7 +1099,7 @@ def assert_like(out, other) -> None:
     """The same tokens at every step, so the same logs but for rounding, and the same weights."""
     assert read(out, "samples.jsonl") == read(other, "samples.jsonl")
     exact = {"reward", "length", "prompt", "pass_rate"}
-    compared = {*KEYS.split(), *MEASURES.split(), *exact, "fisher", "cos_update"} - {"logprob_gap"}
+    compared = {*KEYS.split(), *MEASURES.split(), *exact, "grad_sq_signal"} - {"logprob_gap"}
     for name in grpo.LOGS[:2]:
         ours, theirs = (pd.DataFrame(read(path, name)) for path in (out, other))
         for key in compared & {*theirs}:
