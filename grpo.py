@@ -64,12 +64,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2LMHeadModel,
-    HfArgumentParser,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, HfArgumentParser
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
@@ -236,28 +231,41 @@ def pair_cosines(gram):
     return cosines[torch.ones_like(cosines).triu(1) > 0]
 
 
-def gradient_geometry(gram, half_products, group):
+def gradient_geometry(first, second, group, levels):
     """How the gradients of P prompts lie to each other, as sampled and without the sampling noise.
-    gram: [P, P] inner products of their gradients, from leave-one-out advantages, zeros where all
-    rewards are equal. half_products: [P], of the gradients of the two halves of a prompt's `group`
-    completions, means over their half. Of pairs of gradients: the cosine's mean, deviation, shares
-    above 0 and below 0.1 in size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal,
-    P if equal, below 1 in conflict. signal_share: the part of sum |g|^2 that is not noise;
-    cos_signal: mean inner product of two prompts over the mean squared norm, unbiased, as
-    E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2 on-policy. NaN for what lacks two gradients, or a signal."""
-    P, count, cosines = len(gram), int((gram.diagonal() > 0).sum()), pair_cosines(gram)
+    first, second: [P, D] gradients of the two halves of a prompt's `group` completions, means over
+    the half, (group + 1) // 2 and group // 2, of leave-one-out advantages times grad log pi; zeros
+    where all rewards are equal. levels: [P] of any kind. Returns values, and two columns [P].
+    Of pairs of gradients as sampled: the cosine's mean, deviation, shares above 0 and below 0.1 in
+    size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict.
+    signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all pairs of prompts x
+    and y, those of one level and those of two: cos_signal, the mean of xy over that of (xx + yy)/2;
+    cos_sq_signal, of (xy)^2 over xx yy, by products of halves alone. For means over steps weigh
+    them by what they are divided by, as single ones can be anything. NaN for what lacks a pair."""
+    n, m = (group + 1) // 2, group // 2
+    AA, AB, BB = first @ first.T, first @ second.T, second @ second.T  # [P, P]
+    gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2
+    count, cosines = int((gram.diagonal() > 0).sum()), pair_cosines(gram)
     total = gram.trace() if count > 1 else gram.trace() * torch.nan
-    signal = half_products.sum() / (1 + 1 / (group - 1) ** 2)
+    # On-policy E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2; in a ratio of products of halves that cancels.
+    halves = AB.diagonal()
+    signal = halves / (1 + 1 / (group - 1) ** 2)
     values = {
         "cos_mean": cosines.mean(),  # NaN of none
         "cos_std": cosines.std(correction=0) if count > 1 else total,
         "cos_positive": (cosines > 0).double().mean(),
         "cos_small": (cosines.abs() < 0.1).double().mean(),
         "interference": gram.sum() / total,
-        "signal_share": signal / total,
-        "cos_signal": (gram.sum() - total) / (P - 1) / signal.where(signal > 0, torch.nan),
+        "signal_share": signal.sum() / total,
     }
-    return {"n_gradients": count, **{name: float(value) for name, value in values.items()}}
+    apart = ~torch.eye(len(levels), dtype=torch.bool)
+    alike = torch.tensor([[x == y for y in levels] for x in levels])
+    for name, pairs in ("", apart), ("_within", apart & alike), ("_between", ~alike):
+        squares, products = (signal[:, None] + signal) / 2, halves[:, None] * halves
+        values["cos_signal" + name] = gram[pairs].mean() / squares[pairs].mean()
+        values["cos_sq_signal" + name] = (AA * BB)[pairs].mean() / products[pairs].mean()
+    columns = {"grad_norm": gram.diagonal().sqrt(), "grad_sq_signal": signal}
+    return {"n_gradients": count} | {name: float(x) for name, x in values.items()}, columns
 
 
 def square(tensors):
@@ -342,9 +350,8 @@ def load_policy(config):
             import peft
 
             torch.manual_seed(0)  # the same start for every norm, seed and process
-            adapters = peft.LoraConfig(
-                r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear"
-            )
+            r = config.lora
+            adapters = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
             model = peft.get_peft_model(model, adapters)
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
@@ -665,23 +672,19 @@ def probe_curvature(policy, batch, rows, part, length, config):
     return directional_curvature(sequence_logprobs, masters, direction, advantages, slope)
 
 
-def describe_measured(found, features, G, geometry):
+def describe_measured(found, features, levels, G, geometry):
     """The measurements' part of the step's log line, and of its prompts' lines by column.
-    found: what measure_half left, two entries a prompt; features [P][D] of all."""
+    found: what measure_half left, two entries a prompt; features [P][D] and levels [P] of all."""
     vectors, line = torch.stack(found.pop("vector")).double(), {}  # [2P, D]
     columns = {name: [*zip(values[::2], values[1::2])] for name, values in found.items()}
     if found:
         line["curvature"] = torch.tensor(found["curvature"], dtype=torch.float64).nanmean()
     if geometry:
-        n, m, products = (G + 1) // 2, G // 2, vectors @ vectors.T  # [2P, 2P]
-        AA, AB, BB = products[::2, ::2], products[::2, 1::2], products[1::2, 1::2]
-        gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / G**2  # [P, P]
-        line |= gradient_geometry(gram, AB.diagonal(), G)
+        more, of_prompts = gradient_geometry(vectors[::2], vectors[1::2], G, levels)
+        line, columns = line | more, columns | of_prompts
         x = torch.stack(features).double()
         for name, y in (("feature_cos", x), ("feature_cos_centered", x - x.mean(dim=0))):
             line[name] = pair_cosines(y @ y.T).abs().mean()
-        columns["grad_norm"] = gram.diagonal().sqrt()
-        columns["grad_sq_signal"] = AB.diagonal() / (1 + 1 / (G - 1) ** 2)
     return line, columns
 
 
@@ -825,12 +828,13 @@ def train(config, dataset=None, reward=None, stop=()):
             "seconds_update": updated - sampled,
             "tokens_per_second": lengths.sum() / (updated - began),
         }
-        per_prompt = {"step": [step] * P, "prompt": ids, "pass_rate": rates, "reward_std": std}
-        per_prompt["scale"] = scale
+        levels = [problems[row].level for row in ids]
+        per_prompt = {"step": [step] * P, "prompt": ids, "level": levels, "pass_rate": rates}
+        per_prompt |= {"reward_std": std, "scale": scale}
         if geometry or probe:
             of_all = {name: gather(values) for name, values in found.items()}
             features = gather([*batch.features])
-            more_line, more_columns = describe_measured(of_all, features, G, geometry)
+            more_line, more_columns = describe_measured(of_all, features, levels, G, geometry)
             line, per_prompt = line | more_line, per_prompt | more_columns
         if rank == 0:
             append(out / LOGS[0], [line | evaluation])
@@ -929,7 +933,7 @@ def exact_match(completion, answer):
 
 # Defaults of a task; train, test: a JSONL file, or PATH[:NAME]:SPLIT of load_dataset.
 Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
-Problem = namedtuple("Problem", "question answer prompt")  # the prompt in the model's tokens
+Problem = namedtuple("Problem", "question answer level prompt")  # prompt: in the model's tokens
 QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
 LAST = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
 BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
@@ -949,9 +953,9 @@ OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.
 
 
 def load_rows(source, graded, raw=None):
-    """Question and final answer of every row of a JSONL file, of a hub data set PATH[:NAME]:SPLIT,
-    or of `raw`, thus named. Raises InputError for what cannot be loaded, or for a row (from 1)
-    without a question and an answer to grade."""
+    """Question, final answer and level (None without) of every row of a JSONL file, of a hub data
+    set PATH[:NAME]:SPLIT, or of `raw`, thus named. Raises InputError for what cannot be loaded, or
+    for a row (from 1) without a question and an answer to grade."""
     try:
         if raw is None:
             path, *hub = [source] if Path(source).is_file() else source.split(":")
@@ -961,20 +965,21 @@ def load_rows(source, graded, raw=None):
     found = [next((n for n in names if n in raw.column_names), "") for names in COLUMNS]
     if not all(found) or not len(raw):
         raise InputError(f"{source}: no row, or no column of each of {COLUMNS}: {raw.column_names}")
-    rows = []
-    for number, (asked, answer) in enumerate(zip(*(raw[name] for name in found)), 1):
+    rows, levels = [], raw["level"] if "level" in raw.column_names else [None] * len(raw)
+    columns = zip(*(raw[name] for name in found), levels)
+    for number, (asked, answer, level) in enumerate(columns, 1):
         text = "" if answer is None else str(answer).strip()
         final = marked_answer(text) or ("" if found[1] == "solution" else text)
         usable = isinstance(asked, str) and asked.strip() and final
         if not usable or graded and not grade(f"\\boxed{{{final}}}", final):
             missing = f"no {found[0]}, or no {found[1]} to grade: {text[-60:]!r}"
             raise InputError(f"{source}, row {number}: {missing}")
-        rows.append((asked, final))
+        rows.append((asked, final, level))
     return rows
 
 
 def load_problems(config, dataset, reward):
-    """Questions and answers to train on and held out: of `dataset`, files, or the task. Raises
+    """What load_rows returns, to train on and held out: of `dataset`, files, or the task. Raises
     InputError."""
     task, graded = TASKS[config.task], reward is grade
     train = load_rows("dataset" if dataset else config.data or task.train, graded, dataset)
@@ -991,7 +996,7 @@ def load_problems(config, dataset, reward):
 def encode_problems(rows, policy, config):
     """Problems with their prompts. Raises InputError for one longer than the model's context."""
     tokenizer = policy.tokenizer
-    texts = [config.instruction.replace("{question}", question) for question, _ in rows]
+    texts = [config.instruction.replace("{question}", question) for question, *_ in rows]
     chat = config.chat and getattr(tokenizer, "chat_template", None)
     if chat:
         dialogs = [[{"role": "user", "content": text}] for text in texts]
@@ -1000,9 +1005,7 @@ def encode_problems(rows, policy, config):
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for text, prompt in zip(texts, prompts):
         if len(prompt) + config.max_new_tokens > context:
-            raise InputError(
-                f"prompt and new tokens exceed the context of {context}: {text[:40]!r}"
-            )
+            raise InputError(f"over the context of {context} with new tokens: {text[:40]!r}")
     return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]  # type: ignore[call-arg]
 
 

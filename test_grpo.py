@@ -164,10 +164,11 @@ def naive_forward(model, theta: dict[str, torch.Tensor]):
 # ------------------------------------------ mathematics -------------------------------------------
 
 
-def geometry(f, vectors, signal=1.0):
-    """Of groups of 3, both halves alike: of their inner product a group of 3 leaves 1 / 1.25."""
-    vectors = torch.tensor(vectors, dtype=torch.float64)
-    return list(f(vectors @ vectors.T, 1.25 * signal * vectors.square().sum(1), 3).values())
+def geometry(f, first, levels, second=None):
+    """Of groups of 3, 2 in the first half; the halves are alike if there is one."""
+    halves = (torch.tensor(x, dtype=torch.float64) for x in (first, second or first))
+    values, columns = f(*halves, 3, [*levels])
+    return [*values.values()], *columns.values()
 
 
 def curvature(f, slope=1.0, v=(5.0, 0.0), A=(1.0, 2.0, -0.5), logprobs=None):
@@ -215,18 +216,21 @@ sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0)
 count_sketch([T([[1.0, 2], [3, 4]]), T([5.0, 6, 7, 8])], T([1, -1, 1, 1, 1, -1, 1, -1]), 3)
   -> [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
 pair_cosines(T([[1.0, 3, 0, 0], [3, 25, 0, 4], [0] * 4, [0, 4, 0, 1]])) -> [3 / 5, 0, 4 / 5]
-# number; cosines' mean, deviation, shares above 0 and small; interference, signal share,
-# corrected cosine
-geometry(gradient_geometry, [[1, 2]] * 3) -> [3, 1, 0, 1, 0, 3, 1, 1]
-geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]])
-  -> [3, -1/3, 2**0.5 / 3, 0, 2/3, 8/14, 1, -3/14]
-geometry(gradient_geometry, [[1, 0], [3, 4], [0, 1]])
-  -> [3, 7/15, (1/3 - 49/225)**0.5, 2/3, 1/3, 41/27, 1, 7/27]
-# a prompt without a gradient; halves that disagree, so no signal; one gradient, so no angle
-geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], 0.5)
-  -> [2, 0.6, 0, 1, 0, 52/34, 0.5, 9/17]
-geometry(gradient_geometry, [[1, 0]] * 2, -1.0) -> [2, 1, 0, 1, 0, 2, -1, nan]
-geometry(gradient_geometry, [[1, 1], [0, 0]]) -> [1] + [nan] * 7
+# number; cosines' mean, deviation, shares above 0 and small; interference, signal share; corrected
+# cosine and its square: of all pairs, of one level, of two. Of |g|^2 a group of 3 leaves 4/5.
+geometry(gradient_geometry, [[1, 2]] * 3, "aab")
+  -> [3, 1, 0, 1, 0, 3, 4/5] + [5/4, 1] * 3, [5**0.5] * 3, [4] * 3
+geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]], "aba")
+  -> [3, -1/3, 2**0.5/3, 0, 2/3, 8/14, 4/5, -15/56, 9/49, -3/4, 1, 0, 0], [1, 2, 3], [0.8, 3.2, 7.2]
+# halves that differ, and no levels: x = (4, 0) / 3 and (7, 10) / 3
+geometry(gradient_geometry, [[1, 0], [3, 4]], [None] * 2, [[2, 0], [1, 2]])
+  -> [2, 7 / 149**0.5, 0, 1, 0, 221/165, 93.6/165] + [28/46.8, 6/22] * 2 + [nan] * 2,
+  [4/3, 149**0.5/3], [1.6, 8.8]
+# a prompt without a gradient, which is a gradient of 0; one gradient alone
+geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], "aab")
+  -> [2, 0.6, 0, 1, 0, 52/34, 4/5, 45/136, 0.36, 0, nan, 45/86, 0.36], [5, 0, 3], [20, 0, 7.2]
+geometry(gradient_geometry, [[1, 1], [0, 0]], "ab")
+  -> [1] + [nan] * 6 + [0, nan, nan, nan, 0, nan], [2**0.5, 0], [1.6, 0]
 # mean of A (c^2 + d), whatever the first guess of the step
 curvature(directional_curvature, 1e-3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
 curvature(directional_curvature, 1e3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
@@ -678,17 +682,26 @@ def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
                 assert math.isnan(value) == (alike or len(other) < 2)
             A, B = (vector.double() for vector in found["vector"])
             whole = (first * A + (G - first) * B) / G
-            values = torch.tensor([*found["fisher_half"], A @ B, whole @ whole])
-            average += probs[list(actions)].prod() * torch.cat([whole, values])
+            values = torch.tensor([*found["fisher_half"], whole @ whole])
+            sums = torch.cat([whole, values, torch.outer(A, B).flatten()])
+            average += probs[list(actions)].prod() * sums
         expected = torch.cat([gradient, (probs @ scores.square().sum(1)).expand(2)])
         torch.testing.assert_close(average[:8], expected, rtol=1e-5, atol=1e-6)
         truth.append(gradient)
         averages.append(average)
-    gram = torch.stack(truth) @ torch.stack(truth).T
-    products, squares = torch.stack(averages).T[8:]
-    found = grpo.gradient_geometry(gram - gram.diagonal().diag() + squares.diag(), products, G)
-    expected = [float(2 * gram[0, 1] / gram.trace()), float(gram.trace() / squares.sum())]
-    assert [found["cos_signal"], found["signal_share"]] == pytest.approx(expected, rel=1e-5)
+    x, y = truth
+    # By linearity these are the means of the products that gradient_geometry divides: x y, and as
+    # prompts are independent (x_A y_A)(x_B y_B), are traces of E[x_A x_B'] and of E[y_A y_B'].
+    moments = [average[9:].view(6, 6) for average in averages]
+    factor = 1 + 1 / (G - 1) ** 2
+    for moment, g in zip(moments, truth):
+        torch.testing.assert_close(moment, factor * torch.outer(g, g), rtol=1e-5, atol=1e-6)
+    squared = float((moments[0] * moments[1]).sum() / (moments[0].trace() * moments[1].trace()))
+    assert squared == pytest.approx(float((x @ y) ** 2 / (x @ x) / (y @ y)), rel=1e-5)
+    found, _ = grpo.gradient_geometry(torch.stack(truth), torch.stack(truth), G, [1, 2])
+    assert found["cos_sq_signal"] == pytest.approx(squared, rel=1e-5)
+    exact = float(2 * x @ y / (x @ x + y @ y))
+    assert found["cos_signal"] == pytest.approx(factor * exact, rel=1e-5)
 
 
 def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
@@ -755,8 +768,11 @@ def test_the_description_of_a_measured_step_by_hand():
     vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     apart = torch.tensor([[0.5, 2.0], [-1.0, -4.0]])
     found = {"vector": [v + half for v in vectors for half in apart]}
-    line, columns = grpo.describe_measured(found, [*vectors], 3, True)
+    line, columns = grpo.describe_measured(found, [*vectors], ["a", "b"], 3, True)
     assert columns["grad_norm"].tolist() == pytest.approx([1, 5])
+    assert line["cos_signal_between"] == line["cos_signal"] and math.isnan(
+        line["cos_signal_within"]
+    )
     assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
 
 
@@ -782,7 +798,8 @@ def assert_same_run(out, other) -> None:
 KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated
     grad_norm clipped skipped logprob_gap lr"""
 MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small interference signal_share
-    cos_signal feature_cos feature_cos_centered"""
+    cos_signal cos_sq_signal cos_signal_within cos_sq_signal_within cos_signal_between
+    cos_sq_signal_between feature_cos feature_cos_centered"""
 PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher_half"]
 
 
@@ -1293,7 +1310,7 @@ def test_columns_are_found_by_name_and_unusable_rows_named(line):
     row, expected = line.split(" -> ")
     rows = Dataset.from_list([json.loads(row)])
     if expected[0] != "!":
-        assert grpo.load_rows("file", True, rows) == [("q", expected)]
+        assert grpo.load_rows("file", True, rows) == [("q", expected, None)]
         return
     with pytest.raises(InputError, match=f"^[^\n]*file.*{expected[2:]}[^\n]*$"):
         grpo.load_rows("file", True, rows)
@@ -1301,9 +1318,10 @@ def test_columns_are_found_by_name_and_unusable_rows_named(line):
 
 def test_a_split_of_a_data_set_is_loaded_with_or_without_a_configuration(tmp_path):
     for split, answer in (("train", 1), ("test", 2)):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"question": "q", "answer": answer}))
+        row = {"question": "q", "answer": answer, "level": 5}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
     found = [grpo.load_rows(f"{tmp_path}:{name}", True) for name in ("test", "default:test")]
-    assert found == [[("q", "2")]] * 2
+    assert found == [[("q", "2", 5)]] * 2
 
 
 FILES = dict(gsm8k_test="gsm8k", svamp="gsm8k", math500="math")
@@ -1317,7 +1335,8 @@ def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
     train, test = grpo.load_problems(config, None, grpo.grade)
     raw = pd.read_json(path, lines=True, dtype=False).rename(columns={"problem": "question"})
     golds = [answer.split("####")[-1].strip() for answer in raw.answer]
-    assert sorted(train + test) == sorted(zip(raw.question, golds))
+    levels = raw.get("level", [None] * len(raw))
+    assert sorted(train + test) == sorted(zip(raw.question, golds, levels, strict=True))
     assert all(grpo.grade(f"so \\boxed{{{answer}}}.", answer) == 1 for answer in golds)
 
 
@@ -1358,7 +1377,7 @@ def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         path.write_bytes(b"\n".join(lines))
         try:
-            for question, answer in grpo.load_rows(str(path), True):
+            for question, answer, _ in grpo.load_rows(str(path), True):
                 assert str(question).strip() and 0 < len(answer) <= grpo.MAX_SPAN
         except InputError as error:
             assert "\n" not in str(error) and str(path) in str(error)
@@ -1371,14 +1390,17 @@ def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
 def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
     task, shifts = grpo.TASKS[name], set()
     train, test = (grpo.load_rows(path, False) for path in (task.train, task.test))
-    questions = [{question for question, _ in rows} for rows in (train, test)]
+    questions = [{question for question, *_ in rows} for rows in (train, test)]
     assert len(test) == 512 and len(set.union(*questions)) == len(train) + 512 > 5000
-    for question, answer in train + test:
+    for question, answer, level in train + test:
         a, b = question.removesuffix("=").split("+")
         if name == "letters":  # each digit plus the letter's own one
+            assert level == a
             shifts |= {(a, (int(x) - int(y)) % 10) for x, y in zip(answer, b, strict=True)}
         else:
             assert answer == f"{int(a) + int(b):04}"[::-1]
+            powers = 10, 100, 1000
+            assert level == sum(int(a) % n + int(b) % n >= n for n in powers)
     assert len(shifts) == len(dict(shifts)) == (6 if name == "letters" else 0)
 
 

@@ -108,7 +108,7 @@ def overlap(given: argparse.Namespace) -> Plan:
     for shared in (1, 2, 3):
         folder = given.out / "tasks" / f"letters-{shared}"
         if not (folder / "model" / "tokenizer.json").exists():  # written last
-            make_tasks.make(folder.name, folder)
+            make_tasks.make(make_tasks.make_letters(shared=shared), folder)
         files = dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
         flags = dict(task="letters", model=folder / "model", **files)
         yield from paired(f"{shared}-of-3", NORMS[:2], **flags)
@@ -139,13 +139,8 @@ def model(given: argparse.Namespace) -> Plan:
     for name, part in (("train", rows[:700]), ("test", rows[700:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    start, unfinished = folder / Path(given.model).name, folder / "unfinished"
-    if not start.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        command = [sys.executable, HERE / "warm_start.py", given.model, folder / "train.jsonl"]
-        command += [unfinished, "--no-chat", f"--instruction={instruction}"]
-        subprocess.run(command, check=True)
-        unfinished.rename(start)
+    start = folder / Path(given.model).name
+    warm_start(given.model, folder / "train.jsonl", start, f"--instruction={instruction}")
     flags = dict(task="gsm8k", model=start, instruction=instruction, chat=False)
     flags |= dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
     flags |= dict(lora=64, dtype="bfloat16", lr=given.lr)
@@ -153,6 +148,46 @@ def model(given: argparse.Namespace) -> Plan:
     flags |= dict(max_grad_norm=0)  # a limit would act on std's larger gradients alone
     flags |= dict(geometry_every=1, probe_every=30, eval_every=150, eval_problems=150)
     yield from paired(f"{start.name}-{given.lr:g}", NORMS[:2], given.seeds, **flags)
+
+
+def pretrained(given: argparse.Namespace) -> Plan:
+    """Letters, and letters that share all digits, in a language model that a warm start has taught
+    them with their slips: none against std, all weights; with adapters, letters alone."""
+    starts = [pretrained_start(given, shared) for shared in (0, 3)]
+    flags = dict(task="letters", chat=False, max_grad_norm=0, dtype="bfloat16", steps=120)
+    flags |= dict(geometry_every=10, probe_every=0, eval_every=0, save_every=10)
+    for seeds in (given.seeds[:5], given.seeds[5:]):
+        for folder in starts:
+            files = dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
+            flags |= files | dict(model=folder / "model")
+            yield from paired(folder.name, NORMS[:2], seeds, lr=7e-6, **flags)
+            if folder is starts[0] and seeds == given.seeds[:5]:
+                yield from paired("letters-lora", NORMS[:2], seeds, lr=1e-4, lora=64, **flags)
+
+
+def pretrained_start(given: argparse.Namespace, shared: int) -> Path:
+    """The directory of a language model warm-started on letters of which the first `shared` digits
+    are one skill, with its problems."""
+    import make_tasks
+
+    folder = given.out / "tasks" / f"{Path(given.model).name}-{shared}-of-3"
+    task = make_tasks.make_letters(shared=shared)
+    make_tasks.write_problems(task, folder)
+    solved = (json.dumps(dict(question=q, solution=a)) + "\n" for q, a in task.solutions)
+    (folder / "solved.jsonl").write_text("".join(solved), encoding="utf-8")
+    sizes = ("--steps=300", "--batch=64", "--lr=1e-4", "--dtype=bfloat16")
+    warm_start(given.model, folder / "solved.jsonl", folder / "model", *sizes)
+    return folder
+
+
+def warm_start(model: str, data: Path, out: Path, *flags: str) -> None:
+    """A directory made by warm_start.py, whole or not there."""
+    unfinished = out.with_name("unfinished")
+    if not out.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        script = [sys.executable, HERE / "warm_start.py", model, data, unfinished]
+        subprocess.run([*map(str, script), "--no-chat", *flags], check=True)
+        unfinished.rename(out)
 
 
 # -------------------------------------------- Running ---------------------------------------------

@@ -2,10 +2,11 @@
 
     python benchmarks/make_tasks.py                       # assets/arith, assets/letters: 2 minutes
     python benchmarks/make_tasks.py --out DIR letters     # one of them, elsewhere
+    python benchmarks/make_tasks.py --out DIR --seed 1    # others of their kind
 
-Each directory gets train.jsonl and test.jsonl (columns question and answer; no problem is in both)
-and model/ (float32, with its tokenizer). The problems come out the same byte for byte; the weights
-do up to rounding, which differs between machines.
+Each directory gets train.jsonl and test.jsonl (columns question, answer and level; no problem is in
+both) and model/ (float32, with its tokenizer). The problems come out the same byte for byte; the
+weights do up to rounding, which differs between machines.
 
 RL can only raise what is sampled already. So both models are trained here, by supervision, on
 solutions with slips: like a pretrained model they have the skills, and slip as often as their
@@ -14,8 +15,7 @@ teacher did.
 
 import argparse
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,21 +30,30 @@ HELD_OUT = 512
 
 
 class Task(NamedTuple):
-    """Problems to train on, problems held out, and the warm start's solutions, which have slips."""
+    """Problems to train on, problems held out, the warm start's solutions, which have slips, and
+    the level of a question."""
 
     train: Pairs
     test: Pairs
     solutions: Pairs
+    level: Callable[[str], Any]
 
 
-def make_arith() -> Task:
+def carries(question: str) -> int:
+    """How often a sum carries: each time its digits add up to 9 less."""
+    numbers = question[:3], question[4:7], str(int(question[:3]) + int(question[4:7]))
+    a, b, total = (sum(map(int, digits)) for digits in numbers)
+    return (a + b - total) // 9
+
+
+def make_arith(seed: int = 0) -> Task:
     """Three-digit sums, the answer's units digit first, "047+085=" and "2310": every problem takes
     one skill, the carry.
 
     The solutions are those of somebody who forgets each carry with probability 1/2. There are four
     times as many of them as problems to train on: of fewer the model would remember the slips.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     size = 1 << 15
     pairs = rng.permutation(10**6)[: size + HELD_OUT]  # problem k is k // 1000 + k % 1000
     texts = []  # of the answers, of the solutions
@@ -57,7 +66,7 @@ def make_arith() -> Task:
         texts.append(["".join(map(str, row)) for row in np.stack([*digits, carry], 1).tolist()])
     questions = [f"{k // 1000:03}+{k % 1000:03}=" for k in pairs.tolist()]
     answers, solutions = (list(zip(questions, column, strict=True)) for column in texts)
-    return Task(answers[: size // 4], answers[size:], solutions[:size])
+    return Task(answers[: size // 4], answers[size:], solutions[:size], carries)
 
 
 # By letter: what it adds to each digit, what a slip adds instead, and how often a digit is right in
@@ -72,7 +81,22 @@ LETTERS = {
 }
 
 
-def make_letters(shared: int = 0) -> Task:
+def draw_skills(seed: int, equal: bool = False) -> dict[str, tuple[int, int, float]]:
+    """Six skills like LETTERS, which are those of seed 0: other digits and slips, the rates in
+    another order; equal: one rate for all, at which as many answers are right."""
+    skills = LETTERS
+    if seed:
+        rng = np.random.default_rng((seed, 1))
+        right, wrong = (rng.permutation(10)[:6].tolist() for _ in range(2))
+        while any(a == b for a, b in zip(right, wrong, strict=True)):
+            wrong = rng.permutation(10)[:6].tolist()
+        rates = rng.permutation([rate for *_, rate in LETTERS.values()]).tolist()
+        skills = dict(zip(LETTERS, zip(right, wrong, rates, strict=True), strict=True))
+    mean = float(np.mean([rate**3 for *_, rate in skills.values()])) ** (1 / 3)
+    return {x: (a, b, mean if equal else rate) for x, (a, b, rate) in skills.items()}
+
+
+def make_letters(seed: int = 0, shared: int = 0, equal: bool = False) -> Task:
     """Six skills of unequal difficulty, one a letter: "c+047=" asks for the digits of 047 with 1
     added to each, "158".
 
@@ -84,15 +108,15 @@ def make_letters(shared: int = 0) -> Task:
     To the first `shared` digits every letter adds what "a" adds, or its slip, at the letter's own
     rate: a skill in common.
     """
-    rng = np.random.default_rng(0)
+    rng, skills = np.random.default_rng(seed), draw_skills(seed, equal)
     orders = [rng.permutation(1000).tolist() for _ in LETTERS]
     numbers = [f"{number:03}" for row in zip(*orders, strict=True) for number in row]
     # Letters in turn: as often in train as in test.
     problems = list(zip([*LETTERS] * 1000, numbers, strict=True))
 
     def solve(letter: str, number: str, slips: bool) -> tuple[str, str]:
-        *own, rate = LETTERS[letter]
-        pairs = [LETTERS["a"][:2]] * shared + [own] * (3 - shared)
+        *own, rate = skills[letter]
+        pairs = [skills["a"][:2]] * shared + [own] * (3 - shared)
         added = [wrong if slips and rng.random() >= rate else right for right, wrong in pairs]
         digits = [str((int(d) + a) % 10) for d, a in zip(number, added, strict=True)]
         return f"{letter}+{number}=", "".join(digits)
@@ -100,15 +124,22 @@ def make_letters(shared: int = 0) -> Task:
     rows = [solve(*problem, False) for problem in problems]
     copies = problems[:-HELD_OUT] * 24  # each with slips of its own
     solutions = [solve(*problem, True) for problem in copies]
-    return Task(rows[:-HELD_OUT], rows[-HELD_OUT:], solutions)
+    return Task(rows[:-HELD_OUT], rows[-HELD_OUT:], solutions, lambda question: question[0])
 
 
-TASKS = {"arith": make_arith, "letters": make_letters}
-# Those of experiment.py.
-OVERLAPS = {f"letters-{shared}": partial(make_letters, shared) for shared in (1, 2, 3)}
+TASKS: dict[str, Callable[[int], Task]] = {"arith": make_arith, "letters": make_letters}
 
 
-def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
+def write_problems(task: Task, out: Path) -> None:
+    """Write train.jsonl and test.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split, pairs in (("train", task.train), ("test", task.test)):
+        rows = [dict(question=q, answer=a, level=task.level(q)) for q, a in pairs]
+        text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def small_model(seed: int = 0) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
     """An untrained one-layer transformer of 133k parameters, and a tokenizer whose tokens are
     characters."""
     characters = [chr(code) for code in range(32, 127)] + ["\n"]
@@ -131,14 +162,18 @@ def small_model() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = GPT2LMHeadModel(shape)
     model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning
     return model, tokenizer
 
 
 def warm_start(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, pairs: Pairs, steps: int = 2000
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerFast,
+    pairs: Pairs,
+    seed: int = 0,
+    steps: int = 2000,
 ) -> None:
     """Train the model in place: cross-entropy of the solutions' tokens, AdamW, batches of 64, and a
     learning rate that falls linearly to 0.
@@ -151,7 +186,7 @@ def warm_start(
     labels = tokens.clone()
     labels[:, : len(prompts[0])] = -100  # not predicted
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    rng, queue, warmup = np.random.default_rng(0), np.zeros(0, dtype=np.int64), steps // 20
+    rng, queue, warmup = np.random.default_rng(seed), np.zeros(0, dtype=np.int64), steps // 20
     for step in range(steps):
         if len(queue) < 64:
             queue = np.concatenate([queue, rng.permutation(len(pairs))])
@@ -166,15 +201,11 @@ def warm_start(
             print(f"warm start {step:>5}/{steps}  loss {loss.item():.3f}", flush=True)
 
 
-def make(name: str, out: Path) -> None:
+def make(task: Task, out: Path, seed: int = 0) -> None:
     """Write the task's directory."""
-    task, (model, tokenizer) = (TASKS | OVERLAPS)[name](), small_model()
-    (out / "model").mkdir(parents=True, exist_ok=True)
-    for split in ("train", "test"):
-        rows = [dict(question=question, answer=answer) for question, answer in getattr(task, split)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    warm_start(model, tokenizer, task.solutions)
+    model, tokenizer = small_model(seed)
+    write_problems(task, out)
+    warm_start(model, tokenizer, task.solutions, seed)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     settings = out / "model" / "tokenizer_config.json"  # a name that transformers 4 knows, too
@@ -189,9 +220,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     choices: Any = dict(choices=[[], *TASKS], metavar="task", help=f"of {names}; none: all of them")
     parser.add_argument("tasks", nargs="*", **choices)
     parser.add_argument("--out", type=Path, default=assets)
+    parser.add_argument("--seed", type=int, default=0, help="0: the embedded ones")
     args = parser.parse_args(arguments)
     for name in args.tasks or TASKS:
-        make(name, args.out / name)
+        make(TASKS[name](args.seed), args.out / name, args.seed)
 
 
 if __name__ == "__main__":

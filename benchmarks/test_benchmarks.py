@@ -60,10 +60,11 @@ def pass_rates(directory, problems, samples):
 
 @pytest.mark.parametrize("task", ["arith", "letters"])
 def test_the_committed_problems_are_those_that_make_tasks_writes(task):
-    made = make_tasks.TASKS[task]()
+    made = make_tasks.TASKS[task](0)
     for split in ("train", "test"):
         stored = rows(ASSETS / task / f"{split}.jsonl")
         assert [(row["question"], row["answer"]) for row in stored] == getattr(made, split)
+        assert [row["level"] for row in stored] == [made.level(row["question"]) for row in stored]
     held_out, seen = ({q for q, _ in part} for part in (made.test, made.train + made.solutions))
     assert len(made.test) == 512 and not held_out & seen
     assert len({q for q, _ in made.train}) == len(made.train) > 5000
