@@ -23,7 +23,7 @@ import math
 import os
 import sys
 import textwrap
-import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +33,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
+from scipy import stats
 
 # ----------------------------------------- Reading logs -------------------------------------------
 
+# Of prompts: all, of one level, of two.
+PAIRS = {"": "all pairs", "_within": "of one level", "_between": "of two levels"}
 METRICS = ["pass_rate", "reward", "reward_std", "eval_pass_rate", "eval_reward", "feature_cos"]
 METRICS += ["feature_cos_centered", "n_gradients", "cos_mean", "cos_std", "cos_positive"]
 METRICS += ["cos_small", "interference", "signal_share"]
-PROMPTS = ["reward_std", "grad_norm", "grad_sq_signal"]
+SIGNALS = [f"{value}{pairs}" for pairs in PAIRS for value in ("cos_signal", "cos_sq_signal")]
+PROMPTS = ["pass_rate", "reward_std", "grad_norm", "grad_sq_signal"]
 HALVES = ["pass_rate_half", "reward_std_half", "fisher_half", "curvature"]
 # Compared runs may differ in these: settings that are compared, or that do not change training.
 FREE = {"norm", "seed", "lr", "out", "resume", "steps", "device", "micro_batch", "save_every"}
@@ -58,10 +61,10 @@ class Run:
     # A row a step: METRICS, C = (8/3) sigma, rate and held_out (mean rewards, so of rewards 0 and 1
     # pass rates).
     log: pd.DataFrame
-    # A row a prompt and step: PROMPTS.
+    # A row a prompt and step: PROMPTS, level (a text, or None).
     prompts: pd.DataFrame
-    # A row a half of a group: step, HALVES, own_variance, variance (of the other half's rewards,
-    # unbiased).
+    # A row a half of a group: step, level, HALVES, the unbiased variance and third central moment
+    # of its rewards; with `_other` those of the other half, and its fisher_half.
     halves: pd.DataFrame
 
 
@@ -84,18 +87,21 @@ def read_table(path: Path, keys: list[str], pairs: Sequence[str] = ()) -> tuple[
                 x if isinstance(x, list) and len(x) == 2 else [None] * 2
                 for x in map(row.get, pairs)
             ]
-            rows.append([row["step"], *map(number, itertools.chain(map(row.get, keys), *parts))])
+            level = None if row.get("level") is None else str(row["level"])
+            values = map(number, itertools.chain(map(row.get, keys), *parts))
+            rows.append([row["step"], level, *values])
         else:
             skipped += 1
-    columns = ["step", *keys, *(f"{key}{half}" for key in pairs for half in "AB")]
-    return pd.DataFrame(rows, columns=columns, dtype=float).astype({"step": int}), skipped
+    columns = ["step", "level", *keys, *(f"{key}{half}" for key in pairs for half in "AB")]
+    types = dict.fromkeys(columns[2:], float) | {"step": int}
+    return pd.DataFrame(rows, columns=columns).astype(types), skipped
 
 
 def read_run(path: Path) -> Run:
     """Read a run's directory. Raises ValueError where it has no readable settings or no step."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        log, skipped = read_table(path / "metrics.jsonl", METRICS)
+        log, skipped = read_table(path / "metrics.jsonl", METRICS + SIGNALS)
         prompts, more = read_table(path / "prompts.jsonl", PROMPTS, HALVES)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
@@ -104,8 +110,6 @@ def read_run(path: Path) -> Run:
     valid = all(type(value) is int and 0 <= value < 2**31 for value in sizes) and 0 not in sizes[:2]
     if not valid or not isinstance(config.get("norm"), str):
         raise ValueError(f"{path}: config.json does not name norm, seed, prompts and group")
-    if config.get("dtype") == "auto":  # earlier runs stored what it meant
-        config["dtype"] = "bfloat16" if "cuda" in str(config.get("device")) else "float32"
     trained = log.loc[log["reward_std"].notna(), "step"]
     if trained.empty:
         raise ValueError(f"{path}: metrics.jsonl has no step")
@@ -114,14 +118,19 @@ def read_run(path: Path) -> Run:
     log["rate"] = log["reward"].fillna(log["pass_rate"])
     log["held_out"] = log["eval_reward"].fillna(log["eval_pass_rate"])
     log["C"] = 8 / 3 * log["reward_std"]
-    halves, group = [], config["group"]
-    # C and the predicted gain are defined for rewards of 0 and 1.
-    if not np.allclose(log["rate"], log["pass_rate"], equal_nan=True):
+    # C, the predicted gain and moments are defined for rewards of 0 and 1.
+    binary = np.allclose(log["rate"], log["pass_rate"], equal_nan=True)
+    if not binary:
         log["C"] = prompts["reward_std"] = math.nan
-    for one, other, size in (("A", "B", group // 2), ("B", "A", (group + 1) // 2)):
-        half = prompts[["step", *(key + one for key in HALVES)]].set_axis(["step", *HALVES], axis=1)
-        variance = prompts["reward_std_half" + other] ** 2 * size / max(1, size - 1)
-        halves.append(half.assign(variance=variance, own_variance=half["reward_std_half"] ** 2))
+    sides, group = [], config["group"]
+    for half, n in (("A", (group + 1) // 2), ("B", group // 2)):
+        names = ["step", "level", *(key + half for key in HALVES)]
+        side = prompts[names].set_axis(["step", "level", *HALVES], axis=1)
+        side["variance"] = side["reward_std_half"] ** 2 * n / max(1, n - 1)
+        third = side["variance"] * (1 - 2 * side["pass_rate_half"]) * n / max(1, n - 2)
+        sides.append(side.assign(third=third if binary and n > 2 else math.nan))
+    crossed = ["fisher_half", "variance", "third"]
+    halves = [a.join(b[crossed].add_suffix("_other")) for a, b in (sides, sides[::-1])]
     given = log, prompts, pd.concat(halves).dropna(subset="reward_std_half")
     tables = [table.assign(norm=config["norm"], seed=config["seed"]) for table in given]
     return Run(path, config, skipped + more, int(trained.max()), *tables)
@@ -150,13 +159,6 @@ def windows(table: pd.DataFrame) -> pd.DataFrame:
     window = np.arange(len(table)) * min(60, len(table)) // max(1, len(table))
     first = np.unique(window, return_index=True)[1]
     return table.groupby(window).mean().set_axis(table.index[first])
-
-
-def bins_of(x: pd.Series) -> pd.Series:
-    """A label for every value: itself where there are eight or fewer, else one of up to eight bins
-    of like size."""
-    x = x.round(9)
-    return x if x.nunique() <= 8 else np.ceil(8 * x.rank(pct=True))
 
 
 def bands(groups: Iterable[tuple[float, Iterable[float]]]) -> pd.DataFrame:
@@ -219,8 +221,8 @@ def detect_phases(
     BIC chooses the number of `knots`, 0 to 3, of a continuous broken line through the runs' mean in
     60 windows. `boundaries`: the first two knots of the better of the lines with 2 and 3, where II
     and III begin, whether BIC supports them or not ([]: too few windows). `intervals`: theirs over
-    resampled runs. `line`: its corners. `claims`: by name the value, its 95% interval over runs
-    (Student's t), and whether the claim holds (None for fewer than three runs). `found`: there are
+    resampled runs. `line`: its corners. `claims`: by name the effect, its 95% interval over runs
+    (Student's t), and the verdict: holds, reversed, not seen, not measured. `found`: there are
     two knots or more, and the claims on the gap hold; `reason` says it in words. Without a gap the
     line is fitted to the other two series.
     """
@@ -260,10 +262,13 @@ def detect_phases(
         result["intervals"] = limits.T.tolist()
 
     def claim(name: str, values: Any, above_0: list[Any], also: bool = True) -> None:
-        value, *interval = mean_interval(values)
+        effect, *interval = mean_interval(values)
         holds = also and all(mean_interval(each)[1] > 0 for each in above_0)
-        sure = (interval, holds) if math.isfinite(interval[0]) else (None, None)
-        result["claims"][name] = {"value": value, "interval": sure[0], "holds": sure[1]}
+        verdict = "reversed" if mean_interval(above_0[0])[2] < 0 else "not seen"
+        if not math.isfinite(interval[0]):
+            interval, verdict = [], "not measured"
+        found = {"effect": effect, "interval": interval, "verdict": "holds" if holds else verdict}
+        result["claims"][name] = found
 
     if gaps:
         basis, third = (bases[3], knots[3][0, 2]) if three[0] else (bases[2], len(x) - 1)
@@ -277,7 +282,7 @@ def detect_phases(
         claim("stops_in_III", last - two, [two - last], not widens)
         result["line"] = [[int(at[i]), float(fit[i].mean())] for i in sorted({*ends, len(x) - 1})]
     claims = result["claims"]
-    failed = [name.replace("_", " ") for name in claims if not claims[name]["holds"]]
+    failed = [name.replace("_", " ") for name in claims if claims[name]["verdict"] != "holds"]
     for name, table, sign in (("deviation_falls", sigma, -1), ("orthogonality_falls", spread, 1)):
         change = table[table.index >= at[second]].mean() - table[table.index < at[first]].mean()
         claim(name, change, [sign * change])
@@ -300,61 +305,98 @@ def detect_phases(
             f"Three phases: alike to step {opens}, the gap opens to step {stops} and widens no "
         )
         reason += "longer"
-        if claims["orthogonality_falls"]["holds"] is False:
-            reason += (
-                "; but the paper's reason for the third, that orthogonality falls, is not there"
-            )
+        if claims["orthogonality_falls"]["verdict"] in ("not seen", "reversed"):
+            reason += "; the paper's reason for the third, that orthogonality falls, is not seen"
     return result | {"reason": reason}
 
 
 # --------------------------------------------- Laws -----------------------------------------------
 
 
-def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> float:
-    """How much further steps of 1/sigma for each prompt ascend than one step size for all:
-    sum(|g|^2/sigma) / sum(|g|^2) / 2, for orthogonal prompts and curvature proportional to sigma.
+def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float]:
+    """How much further steps of 1/sigma for each prompt ascend than one step size for all, for
+    orthogonal prompts and curvature proportional to sigma (plain gradient ascent, each step as long
+    as its bound allows): sum(|g|^2/sigma) / sum(|g|^2) / 2, and the two factors of it.
 
+    The common rate, sqrt(sum(|g|^2/sigma^2) / sum(|g|^2)) / 2, how much longer the whole step is,
+    which Adam takes back; and the allocation, the cosine of the two steps, never above 1.
     grad_squares: [P] squared norms of prompt gradients, or estimates of them without noise;
     reward_std: [P] standard deviations within prompts, at most 1/2 for rewards of 0 and 1. Prompts
-    with NaN or without variance are left out. At least 1 for true norms; NaN if the squares do not
-    sum to more than 0.
+    with NaN or without variance are left out. NaN if a sum is not above 0.
     """
     squares, std = np.asarray(grad_squares, float), np.asarray(reward_std, float)
     present = np.isfinite(squares) & (std > 0)
-    total = squares[present].sum()
-    return float((squares[present] / std[present]).sum() / total / 2) if total > 0 else math.nan
+    plain, once, twice = (float((squares[present] / std[present] ** k).sum()) for k in range(3))
+    if min(plain, twice) <= 0:
+        return [math.nan] * 3
+    return [once / plain / 2, math.sqrt(twice / plain) / 2, once / math.sqrt(plain * twice)]
 
 
-def curvature_exponent(
-    sigma: ArrayLike, variance: ArrayLike, curvature: ArrayLike
-) -> dict[str, Any]:
-    """Exponent a of |curvature| ~ sigma^a, from signed curvatures averaged in bins of sigma:
-    logarithms of single noisy values would be dominated by those near zero. All arguments are [m];
-    NaN and sigma 0 are left out.
+def signed_law(halves: pd.DataFrame) -> dict[str, float]:
+    """The line of curvature over V(1 - 2p), V the reward variance p(1 - p), through 0 or not.
 
-    sigma: of the half of a group that gave the direction, never of the half that gave the curvature
-    (reward / parameter^2): that is proportional to its own half's variance, and the two would make
-    a law out of nothing. variance: of the other half's rewards, unbiased, so that its mean in a bin
-    is free of sigma's noise (exact for a = 2, some tenths off far from it). Returns `n` and `alpha`
-    [value, low, high], 95%, by a weighted fit of c * x^a with c of either sign; NaN with fewer than
-    two bins of ten, or an interval wider than 4.
+    Of the half of a group that gave the direction V(1 - 2p) is estimated without bias, as the third
+    central moment of its rewards; the curvature is of the other half, to whose rewards it would be
+    tied. Returns `slope`, the covariance over that of the two halves' moments, which noise does not
+    flatten; and `r`, Pearson's correlation, which it does.
     """
-    given = [np.asarray(series, float) for series in (sigma, variance, curvature)]
-    rows = pd.DataFrame(np.stack(given, axis=1)).dropna()
-    rows = rows[rows[0] > 0]
-    bins = rows.groupby(bins_of(rows[0])).agg(["mean", "sem", "size"])
-    bins = bins[(bins[0, "size"] >= 10) & (bins[1, "mean"] > 0)]
-    x, y, error = np.sqrt(bins[1, "mean"]), bins[2, "mean"], bins[2, "sem"]
-    result = {"alpha": [math.nan] * 3, "n": len(rows)}
-    no_fit = contextlib.suppress(RuntimeError, TypeError, ValueError)
-    with no_fit, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        settings: Any = dict(p0=(y.mean(), 1), sigma=error, absolute_sigma=True)
-        fit, covariance = optimize.curve_fit(lambda x, c, a: c * x**a, x, y, **settings)
-        half = 1.96 * math.sqrt(covariance[1, 1])
-        if half < 2:
-            result["alpha"] = [float(fit[1]), float(fit[1] - half), float(fit[1] + half)]
-    return result
+    third, other, curvature = (halves[name] for name in ("third", "third_other", "curvature"))
+    true = third.cov(other)  # the moments' variance without noise
+    slope = third.cov(curvature) / true if true > 0 else math.nan
+    return {"slope": slope, "r": third.corr(curvature)}
+
+
+def signals(run: Run) -> pd.DataFrame:
+    """Of a run's steps with a gradient, and of the pairs of PAIRS, the means without noise of the
+    inner product xy, its square, (xx + yy) / 2 and xx yy, x and y the gradients of two prompts.
+
+    The log has the ratios of the first two to the last two (grpo.py, gradient_geometry), and those
+    follow from each prompt's squared norm. Returns columns (pairs, moment), a row a step.
+    """
+    rows = run.prompts.dropna(subset="grad_sq_signal").fillna({"level": ""})
+    rows = rows.assign(n=1.0, s=rows["grad_sq_signal"], q=rows["grad_sq_signal"] ** 2)
+    of_levels, log = (
+        rows.groupby(["step", "level"])[["n", "s", "q"]].sum(),
+        run.log.set_index("step"),
+    )
+
+    def of_pairs(sums: pd.DataFrame) -> pd.DataFrame:
+        n, s, q = (sums[name] for name in "nsq")
+        return pd.DataFrame({"n": n * (n - 1), "half": (n - 1) * s, "both": s * s - q})
+
+    every = of_pairs(of_levels.groupby("step").sum())
+    within = of_pairs(of_levels).groupby("step").sum()
+    tables = {}
+    for pairs, table in zip(PAIRS, (every, within, every - within), strict=True):
+        means = table[["half", "both"]].div(table["n"], axis=0)
+        means["product"] = log[f"cos_signal{pairs}"] * means["half"]
+        means["square"] = log[f"cos_sq_signal{pairs}"] * means["both"]
+        tables[pairs] = means
+    return pd.concat(tables, axis=1)
+
+
+def noise_free(moments: pd.DataFrame) -> list[float]:
+    """Of rows of `signals`, for one kind of pairs, as ratios of means: the cosine; the mean square,
+    by (xy)^2 over xx yy; and the spread, the variance of xy over the mean of xx yy. Where norms
+    differ that is not the variance of the cosines. NaN where noise leaves no squared norm."""
+    half, both, product, square = moments.dropna(subset="product").mean()
+    if not (half > 0 and both > 0):
+        return [math.nan] * 3
+    return [product / half, square / both, (square - product**2) / both]
+
+
+def cut_levels(prompts: pd.DataFrame) -> dict[str, list[str]]:
+    """Levels by pass rate in the first tenth of the steps, cut where the shares of prompts come
+    nearest to a third and two thirds; fewer than three levels each by itself."""
+    early = prompts[prompts["step"] <= prompts["step"].max() / 10]
+    order = early.groupby("level")["pass_rate"].mean().sort_values().index
+    if len(order) < 3:
+        return {level: [level] for level in order}
+    shares = prompts["level"].value_counts(normalize=True)[order].cumsum().to_numpy()
+    cuts = itertools.combinations(range(1, len(order)), 2)
+    a, b = min(cuts, key=lambda cut: abs(shares[np.subtract(cut, 1)] - [1 / 3, 2 / 3]).sum())
+    parts = {"hardest": order[:a], "middle": order[a:b], "easiest": order[b:]}
+    return {f"{name}: {', '.join(part)}": [*part] for name, part in parts.items()}
 
 
 # -------------------------------------- Comparison of runs ----------------------------------------
@@ -401,23 +443,15 @@ def reach(rates: pd.Series, level: float) -> float:
 
 
 def foresee(run: Run, stop: float) -> list[float]:
-    """predicted_gain from a run without normalization up to a step: from its gradients with the
-    noise removed, and as sampled."""
+    """predicted_gain and its factors from a run without normalization up to a step, from its
+    gradients with the noise removed."""
     rows = run.prompts[run.prompts["step"] <= stop].dropna(subset=["grad_norm", "grad_sq_signal"])
-    sampled, signal = rows["grad_norm"] ** 2, rows["grad_sq_signal"]
-    total = sampled.groupby(rows["step"]).transform("sum")  # every step counts the same
-    return [predicted_gain(part / total, rows["reward_std"]) for part in (signal, sampled)]
+    total = (rows["grad_norm"] ** 2).groupby(rows["step"]).transform("sum")
+    # Every step counts the same.
+    return predicted_gain(rows["grad_sq_signal"] / total, rows["reward_std"])
 
 
-def corrected_cosine(log: pd.DataFrame, prompts: int) -> float:
-    """Cosine of two prompts' gradients without sampling noise, a ratio of means. NaN where the mean
-    signal share is within two standard errors of 0."""
-    share = log["signal_share"]
-    mean = share.mean() if share.mean() > 2 * share.sem() else math.nan
-    return (log["interference"].mean() - 1) / max(1, prompts - 1) / mean
-
-
-def describe_phase(log: pd.DataFrame, prompts: int) -> dict[str, Any]:
+def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
     """A row of Table 3, the cosines of all pairs of prompt gradients of some steps together; and C,
     over runs."""
     rows = log.dropna(subset=["n_gradients", "cos_mean", "cos_std"])
@@ -427,22 +461,71 @@ def describe_phase(log: pd.DataFrame, prompts: int) -> dict[str, Any]:
     mean, positive, small, square = rows.mul(pairs, axis=0).sum(min_count=1) / max(1, pairs.sum())
     row = {"mean": mean, "std": (square - mean**2) ** 0.5, "above 0": positive}
     row |= {"below 0.1 in size": small, "pairs": int(pairs.sum())}
-    row |= {"signal share": log["signal_share"].mean(), "corrected": corrected_cosine(log, prompts)}
+    row |= {"signal share": log["signal_share"].mean()}
     row |= {"C": mean_interval(log.groupby("seed")["C"].mean())}
     row |= {"features": log["feature_cos"].mean(), "centred": log["feature_cos_centered"].mean()}
     return row
 
 
-def compare(
-    runs: list[Run], target: float | None
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def compare_levels(prompts: pd.DataFrame, norm: str) -> tuple[dict, dict, dict]:
+    """By part of the levels: the gap of a norm to none and steps to halfway between the start and
+    end of none; the gap by tenths of the run; and its series [steps, seeds]."""
+    table, tenths, curves = {}, defaultdict[str, dict[str, Any]](dict), {}
+    last = prompts["step"].max()
+    for name, levels in cut_levels(prompts).items():
+        own = prompts[prompts["level"].isin(levels)]
+        rates = own.pivot_table("pass_rate", "step", ["norm", "seed"])
+        gap = curves[name] = rates[norm] - rates["none"]
+        tenth = rates.index * 10 // (last + 1)
+        start, *_, end = rates["none"].groupby(tenth).mean().mean(axis=1)
+        row = dict(share=len(own) / prompts["level"].count(), start=start, end=end)
+        row["gap"] = mean_interval(gap.mean())
+        for each in ("none", norm) if end - start >= 0.1 else ():
+            steps = rates[each].apply(reach, level=(start + end) / 2)
+            row[f"steps to halfway, {each}"] = mean_interval(steps)
+        table[name] = row
+        for part, means in gap.groupby(tenth).mean().iterrows():
+            tenths[f"from step {part * (last + 1) / 10:.0f}"][name] = mean_interval(means)
+    return table, tenths, curves
+
+
+def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict, dict, pd.DataFrame]:
+    """Over prompts, all norms: Fisher against reward variance by parts of the run and sides of pass
+    rate 1/2, and how far the halves agree; the signed law; the mean curvature's size over the mean
+    variance by level; and Fisher's correlations [steps, (name, seed)]."""
+    third = halves["step"] * 3 // (last + 1)
+    cuts = {"all": third >= 0} | {f"third {k + 1} of the run": third == k for k in range(3)}
+    cuts |= {f"pass rate {sign} ½": halves.eval(f"pass_rate_half {sign} 0.5") for sign in "<>"}
+    pairs = {"same half": ["variance", "fisher_half"]}
+    pairs["across halves"] = ["variance_other", "fisher_half"]
+    pairs["reliability of Fisher"] = ["fisher_half", "fisher_half_other"]
+    pairs["and of the variance"] = ["variance", "variance_other"]
+    found = {}
+    for cut, chosen in cuts.items():
+        part = halves[chosen].set_index(["norm", "seed", "step"])
+        found[cut] = {name: correlations(part[pair]) for name, pair in pairs.items()}
+    fisher = {
+        cut: {name: mean_interval(r.groupby("seed").mean()) for name, r in row.items()}
+        for cut, row in found.items()
+    }
+    steps = {name: found["all"][name].groupby(["step", "seed"]).mean() for name in list(pairs)[:2]}
+    rows = halves.dropna(subset=["third", "third_other", "curvature"])
+    laws = pd.DataFrame([signed_law(part) for _, part in rows.groupby("seed") if len(part) > 2])
+    means = halves.groupby(["level", "seed"])[["curvature", "variance"]].mean().dropna()
+    sizes = (means["curvature"].abs() / means["variance"]).groupby("level")
+    by_level = {level: {"size over V": mean_interval(ratio)} for level, ratio in sizes}
+    law = {name: mean_interval(values) for name, values in laws.items()}
+    return fisher, law, by_level, pd.DataFrame(steps).unstack("seed")
+
+
+def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of runs, as far as the shortest goes: the report's numbers (tables are row to column to
-    value, intervals [mean, low, high]), and for the picture series [steps, (label, seed)] and pairs
-    [m, 2]."""
+    value, intervals [mean, low, high]), and for the picture series [steps, (label, seed)]."""
     last = min(run.end for run in runs)
-    log, halves = (pd.concat([getattr(run, name) for run in runs]) for name in ("log", "halves"))
+    tables = zip(*((run.log, run.prompts, run.halves) for run in runs), strict=True)
+    log, prompts, halves = map(pd.concat, tables)
     held_out = log[log["step"] <= last + 1].groupby(["norm", "seed"])["held_out"].last()
-    log, halves = (table[table["step"] <= last] for table in (log, halves))
+    log, prompts, halves = (table[table["step"] <= last] for table in (log, prompts, halves))
     norms = sorted({*log["norm"]}, key=lambda norm: (norm == "none", norm != "std", norm))
     main = norms[0]  # the phases are those of this norm
     values = ["rate", "reward_std", "cos_mean", "cos_std"]
@@ -473,56 +556,50 @@ def compare(
         if norm == "std" and norm in gaps:  # the prediction speaks of steps 1/sigma
             others = {run.config["seed"]: run for run in runs if run.config["norm"] == "none"}
             gains = [foresee(others[seed], reached["none", seed]) for seed in seeds]
-            row["predicted"], row["with noise"] = map(mean_interval, zip(*gains, strict=True))
+            parts = ("predicted", "by the rate", "by allocation")
+            row |= zip(parts, map(mean_interval, zip(*gains, strict=True)), strict=True)
         table[norm] = row
 
     # The phases: cosines, features, C(T).
-    mine, size = log[log["norm"] == main], runs[0].config["prompts"]
+    mine = log[log["norm"] == main]
     edges = [0, *phases["boundaries"], last + 1]
     labels = ["I", "II", "III"] if edges[2:] else ["all steps"]
     phase = pd.cut(mine["step"], edges, right=False, labels=labels)
-    rows = {name: describe_phase(part, size) for name, part in mine.groupby(phase, observed=True)}
-    split = mine.groupby([phase, "seed"], observed=True)
-    angles = {key: abs(corrected_cosine(part, size)) for key, part in split}
-    first, third = ([angles.get((x, s), math.nan) for s in rates[main]] for x in ("I", "III"))
-    change = mean_interval(np.subtract(third, first))
-    running = mine.groupby("step")["C"].mean().expanding().mean()
-    below = running.index[running[::-1].cummax()[::-1] < 1]
+    rows = {name: describe_phase(part) for name, part in mine.groupby(phase, observed=True)}
 
-    # Over prompts, of all norms: correlations and exponents.
-    halves = halves.set_index(["norm", "seed", "step"])
-    sides = {f"pass rate {sign} ½": halves.query(f"pass_rate_half {sign} 0.5") for sign in "<>"}
-    fisher = {"same completions": halves[["own_variance", "fisher_half"]]}
-    fisher["across halves"] = halves[["variance", "fisher_half"]]
-    curvature = {side: part[["reward_std_half", "curvature"]] for side, part in sides.items()}
-    points = {"Fisher against reward variance": fisher, "curvature against σ": curvature}
-    pairs: dict[str, Any] = {}
-    for name, parts in points.items():
-        for label, part in parts.items():
-            found = correlations(part)
-            interval = mean_interval(found.groupby("seed").mean())
-            pairs[f"{name}, {label}"] = {"r": interval, "steps": len(found)}
-    laws, length = {}, last // 3 + 1
-    for side, part in sides.items():
-        for start, cut in part.groupby(part.index.get_level_values("step") // length * length):
-            law = curvature_exponent(cut["reward_std_half"], cut["variance"], cut["curvature"])
-            laws[f"{side}, from step {start}"] = law
-
-    numbers = {"norm": main, "last_step": last, "phases": phases, "norms": table, "cosines": rows}
-    numbers |= {"exponents": laws, "corrected_change": change, "correlations": pairs}
-    numbers["C_below_1_since"] = int(below[0]) if len(below) else None
-    lines = {"pass rate (training prompts)": rates, "gap in pass rate to none": gaps}
-    lines["mean σ within prompts"] = wide["reward_std"]
-    cosines = wide.xs(main, axis=1, level="norm")
-    lines["cosines of prompt gradients"] = cosines[["cos_std", "cos_mean"]]
-    return numbers, lines, points
+    # Without noise, by phase and kind of pairs.
+    moments = [signals(run) for run in runs if run.config["norm"] == main]
+    free: dict[str, Any] = {}
+    for pairs, kind in PAIRS.items():
+        for a, b, name in zip(edges, edges[1:], labels, strict=False):
+            cuts = [noise_free(steps[pairs].loc[a : b - 1]) for steps in moments]
+            names = "cosine", "square", "spread"
+            free[f"{name}, {kind}"] = dict(zip(names, map(mean_interval, zip(*cuts)), strict=True))
+    levels, tenths, curves = compare_levels(prompts, main) if main in gaps else ({}, {}, {})
+    fisher, curvature, of_levels, by_step = describe_halves(halves, last)
+    cosines = wide.xs(main, axis=1, level="norm")[["cos_std", "cos_mean"]]
+    lines = {
+        "pass rate (training prompts)": rates,
+        "gap in pass rate to none": gaps,
+        "gap by level of difficulty": pd.concat(curves or {"": gaps[[]]}, axis=1),
+        "mean σ within prompts": wide["reward_std"],
+        "cosines of prompt gradients": cosines,
+        "Fisher with reward variance, r": by_step,
+    }
+    numbers = {"norm": main, "seeds": len(seeds), "last_step": last, "phases": phases}
+    numbers |= {"norms": table, "levels": levels, "tenths": tenths, "cosines": rows}
+    numbers |= {"noise_free": free, "fisher": fisher, "curvature": curvature}
+    numbers |= {"curvature_by_level": of_levels}
+    return numbers, lines
 
 
 # -------------------------------------------- Report ----------------------------------------------
 
 
 def show(value: Any) -> str:
-    """A figure, a mean with its interval if it has one, or nothing."""
+    """A word, a figure, a mean with its interval if it has one, or nothing."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, list):
         mean, low, high = map(show, value)
         return f"{mean} [{low}, {high}]" if math.isfinite(value[1]) else mean
@@ -531,108 +608,111 @@ def show(value: Any) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def markdown(rows: dict[str, dict[str, Any]]) -> str:
+def markdown(rows: dict[str, dict[str, Any]], nothing: str = "Not measured.") -> str:
     """Row to column to value as a table."""
     columns = [*dict.fromkeys(itertools.chain(*rows.values()))]
     cells = [["", *columns], ["---"] * (1 + len(columns))]
     cells += [[name, *(show(row.get(column)) for column in columns)] for name, row in rows.items()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells) if rows else "Not measured."
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells) if rows else nothing
 
 
 def describe(title: str, found: dict[str, Any]) -> str:
     """The report on a comparison, as Markdown."""
-    phases, change, since = found["phases"], found["corrected_change"], found["C_below_1_since"]
+    phases = found["phases"]
     bounds = itertools.zip_longest(phases["boundaries"], phases["intervals"], fillvalue="")
     starts = [f"{step} {interval}".strip() for step, interval in bounds]
     split = "There is no split"
     if starts:
         split = f"Norm {found['norm']}: II from step {starts[0]}, III from {starts[1]} "
         split += "(95% over resampled runs)"
-    claims, words = "", {True: "holds", False: "does not hold", None: "not decided"}
+    claims = {}
     for name, claim in phases["claims"].items():
-        value = show([claim["value"], *(claim["interval"] or [math.nan] * 2)])
-        claims += f"| {name.replace('_', ' ')} | {value} | {words[claim['holds']]} |\n"
-    spread = phases["claims"].get("orthogonality_falls", {}).get("holds")
-    signs = {(True, False): ", so noise may be all"}
-    signs[False, True] = ", so noise hides that orthogonality falls"
-    agree = signs.get((spread, change[1] > 0), "")
-    below = [f"{show(1 - row['above 0'])} in {name}" for name, row in found["cosines"].items()]
-    better = "for no T measured" if since is None else f"for every T from {since} on"
+        effect = [claim["effect"], *(claim["interval"] or [math.nan] * 2)]
+        claims[name.replace("_", " ")] = {"effect": effect, "verdict": claim["verdict"]}
     return f"""
 ## {title}, up to step {found["last_step"]}
 
 **{phases["reason"]}.**
 
-{split}{"" if phases["found"] else ", and it is not supported" * bool(starts)}.
+{split}{"" if phases["found"] else ", and it is not supported" * bool(starts)}. Intervals are over
+{found["seeds"]} seeds of one task and one start model.
 
-| claim | value | |
-| --- | --- | --- |
-{claims}
+{markdown(claims)}
+
 In order: slope of the gap in II less that in I (pass rate a step), its rise in II, its slope in III
-less that in II; changes from I to III of mean σ and of the cosines' deviation, which noise widens
-too: without it the cosine changes in size by {show(change)}{agree}.
+less that in II; changes from I to III of mean σ and of the cosines' deviation, which noise widens.
+*Not seen*: the interval includes 0, so an effect as large as its ends may have been missed.
 
 ### Norms
 {markdown(found["norms"])}
 
 Steps and speed-up: where every run begins below the goal and reaches it. The largest gap is picked
-among 60 windows and a little too large. `with noise`: the prediction from gradients as sampled.
+among 60 windows and a little too large. Predicted: for plain ascent along orthogonal prompts with
+curvature ∝ σ; its two factors are the common rate, which Adam takes back, and the allocation among
+prompts, never above 1.
 
-### Cosines of pairs of prompt gradients (Table 3), and C(T) = (8/3) · mean σ
+### Gap to none by level of difficulty
+{markdown(found["levels"], "The problems have no levels.")}
+
+{markdown(found["tenths"], "")}
+
+### Cosines of pairs of prompt gradients as sampled (Table 3), and C(T) = (8/3) · mean σ
 {markdown(found["cosines"])}
 | paper, step 0 | 0.000 | 0.045 | 0.505 | 0.977 | 4950 |
 | paper, step 260 | 0.039 | 0.066 | 0.727 | 0.803 | 4950 |
 | paper, step 500 | 0.056 | 0.130 | 0.664 | 0.524 | 4950 |
 
-Assumption 4 allows no pair below 0; sampled, their share is {", ".join(below)}. GRPO has the better
-bound where C(T) < 1: from the start to T it is so {better}. σ of few completions is too low (0.464
-for 0.5 at 8), and so is C. Features: mean size of the cosines of prompts' hidden states, raw and
-centred; 0.088 in the paper (section 4.1).
+Where C, from the start to T, is below 1, Theorem 3.2 bounds the least gradient up to T more tightly
+for GRPO (as stated, for the sum of gradients, it cannot hold for every T). σ of few completions is
+too low (0.464 for 0.5 at 8), and so is C. Features: mean size of the cosines of prompts' hidden
+states, raw and centred; 0.088 in the paper (section 4.1).
 
-### Curvature and reward variance over prompts (Table 1)
-{markdown(found["correlations"])}
-| paper, same iteration | 0.342 | |
-| paper, different iterations | -0.028 | |
+### Cosines of prompt gradients without noise
+{markdown(found["noise_free"])}
 
-### |curvature| ∝ σ^α: 2 at a point (Lemma 3.1), 1 over a step (Lemma 3.3)
-{markdown(found["exponents"])}
+Assumption 4 allows no cosine below 0; the interference is heterogeneous where the spread is above
+0. All are ratios of means; the spread is that of inner products over squared norms.
 
-A dash: an interval wider than 4, or fewer than two σ with ten curvatures each (groups of 8 have one
-a side of ½).
+### Fisher information and reward variance over prompts (Table 1: 0.342 and -0.028)
+{markdown(found["fisher"])}
+
+Mean correlation within a step. Across halves neither side has the other's noise, which flattens
+it: it is at most about the root of the product of the reliabilities, the halves' correlations.
+
+### Signed curvature against V(1 − 2p) over prompts
+{markdown({"all steps": found["curvature"]})}
+
+{markdown(found["curvature_by_level"])}
+
+The slope is freed of noise, r is not. By level: the size of the mean curvature over mean V.
 """
 
 
 # -------------------------------------------- Picture ---------------------------------------------
 
 
-def draw(path: Path, title: str, found: dict[str, Any], lines: dict, points: dict) -> None:
-    """phases.png: series over steps and pairs in bins, with 95% intervals, in Okabe and Ito's
-    colours, which everybody can tell apart."""
+def draw(path: Path, title: str, found: dict[str, Any], lines: dict[str, Any]) -> None:
+    """phases.png: series over steps, with 95% intervals, in Okabe and Ito's colours, which
+    everybody can tell apart."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     axes, phases = figure.subplots(2, 3).flat, found["phases"]
     colors, styles = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], ["-", "--", "-.", ":"]
-    for axis, (name, parts) in zip(axes, (lines | points).items(), strict=True):
+    for axis, (name, parts) in zip(axes, lines.items(), strict=True):
         axis.set_prop_cycle(color=colors, linestyle=styles)
-        axis.set(title=name, xlabel="step" * (name in lines), ymargin=0.1)
-        for label in parts.columns.unique(0) if name in lines else parts:
-            part = parts[label]
-            if name in lines:
-                rows = bands(windows(part).T.items())
-            else:
-                part = part.dropna()
-                bins = part.groupby(bins_of(part.iloc[:, 0]))
-                rows = bands((x_y.iloc[:, 0].mean(), x_y.iloc[:, 1]) for _, x_y in bins)
+        axis.set(title=name, xlabel="step", ymargin=0.1)
+        for label in parts.columns.unique(0):
+            rows = bands(windows(parts[label]).T.items())
             if len(rows):
-                (line,) = axis.plot(rows["mean"], label=label, marker="o" if name in points else "")
+                (line,) = axis.plot(rows["mean"], label=label)
                 faint = dict(color=line.get_color(), alpha=0.2, linewidth=0)
                 axis.fill_between(rows.index, rows["low"], rows["high"], **faint)
     if phases["line"]:
         corners = np.transpose(phases["line"])
         axes[1].plot(*corners, color="black", linestyle="-", label="fitted line")
-    axes[2].axhline(0.375, color="black", linestyle=":", label="C = 1")
+    axes[3].axhline(0.375, color="black", linestyle=":", label="C = 1")
     edges = [0, *phases["boundaries"], found["last_step"]] if phases["found"] else []
     spans = [*zip(("I", "II", "III"), edges, edges[1:])]
-    for axis, (name, a, b) in itertools.product(axes[:4], spans):
+    for axis, (name, a, b) in itertools.product(axes, spans):
         axis.axvspan(a, b, color="grey", alpha=0.2 * (name == "II"), linewidth=0)
         place = dict(transform=axis.get_xaxis_transform(), ha="center", va="top")
         axis.text((a + b) / 2, 0.98, name, **place, family="serif")
@@ -675,10 +755,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups[title] = {}
         report += f"\n# Runs with {title}\n"
         for name, chosen in arrange(rows).items():
-            found, lines, points = compare(chosen, given.target)
+            found, lines = compare(chosen, given.target)
             groups[title][name] = found
             report += describe(name, found)
-            pictures.append((f"{title}, {name}. {found['phases']['reason']}", found, lines, points))
+            pictures.append((f"{title}, {name}. {found['phases']['reason']}", found, lines))
     for run in (run for run in runs if run.skipped):
         report += f"\n{run.path}: {run.skipped} unreadable log lines skipped\n"
     report += "".join(f"\nleft out: {problem}\n" for problem in problems)

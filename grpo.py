@@ -28,8 +28,8 @@ Where conventions differ: sigma is the population form (TRL, verl, OpenRLHF: sam
 There is no KL term unless `--kl` > 0. Where are the ratio and the clip? With one update a batch the
 ratio is 1: they act with `--epochs` > 1.
 
-On the way the script measures what Ge et al. (arXiv 2601.23135) explain the division by: each
-prompt's gradient, how orthogonal the prompts are, and the curvature along their gradients.
+On the way the script measures the quantities by which Ge et al. (arXiv 2601.23135) explain the
+division: each prompt's gradient, how orthogonal the prompts are, the curvature along the gradients.
 
 Read it from top to bottom: mathematics, model, rollout, gradient, measurement, `train`. What comes
 after `train` are its tools: answers, data, files, processes, the command line. The functions under
@@ -70,7 +70,7 @@ from transformers.utils import logging as transformers_logging
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on: one line, exit status 1 or as given, the last checkpoint whole."""
+    """A run that cannot go on: one line, exit status 1 or as given, the last checkpoint intact."""
 
     status = 1
 
@@ -106,7 +106,7 @@ class Config:
     steps: int = 250  # batches sampled, each with --epochs updates
     lr: float = 0.0  # learning rate, after 10 steps of warm-up; 0: the task's, tenfold with --lora
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is what the theory speaks of
-    max_grad_norm: float = 10.0  # clip the gradient, which has the norm's scale, to this; 0: never
+    max_grad_norm: float = 10.0  # clip the gradient, whose size depends on norm, to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
     epochs: int = 1  # updates a batch; above 1 the importance ratio is clipped
     clip: float = 0.2  # range of the importance ratio around 1
@@ -148,7 +148,7 @@ def advantage_scale(rewards, norm, eps=1e-6):
 
 
 def group_advantages(rewards, norm, eps=1e-6):
-    """Advantages relative to the own group, (r - group mean) * scale (arXiv 2402.03300, 4.1.2).
+    """Advantages within each group, (r - group mean) * scale (arXiv 2402.03300, 4.1.2).
     rewards: [P, G], G completions for each of P prompts -> [P, G]. Calls advantage_scale."""
     rewards = rewards * 1.0  # integers and booleans have no mean
     centred = rewards - rewards.mean(dim=1, keepdim=True)
@@ -156,7 +156,7 @@ def group_advantages(rewards, norm, eps=1e-6):
 
 
 def token_weights(lengths, agg):
-    """What each token's term counts in the batch's loss, so that no split of the batch matters.
+    """Weight of each token's term in the batch's loss, so that no split of the batch matters.
     lengths: [P, G] tokens of each completion. agg: "sequence" 1/(P*G) (the policy gradient of whole
     completions), "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv
     2503.14476). Returns [P, G]."""
@@ -240,8 +240,8 @@ def gradient_geometry(first, second, group, levels):
     size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict.
     signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all pairs of prompts x
     and y, those of one level and those of two: cos_signal, the mean of xy over that of (xx + yy)/2;
-    cos_sq_signal, of (xy)^2 over xx yy, by products of halves alone. For means over steps weigh
-    them by what they are divided by, as single ones can be anything. NaN for what lacks a pair."""
+    cos_sq_signal, of (xy)^2 over xx yy, by products of halves alone. Over steps
+    average numerators and denominators. NaN for what lacks a pair."""
     n, m = (group + 1) // 2, group // 2
     AA, AB, BB = first @ first.T, first @ second.T, second @ second.T  # [P, P]
     gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2
@@ -249,22 +249,22 @@ def gradient_geometry(first, second, group, levels):
     total = gram.trace() if count > 1 else gram.trace() * torch.nan
     # On-policy E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2; in a ratio of products of halves that cancels.
     halves = AB.diagonal()
-    signal = halves / (1 + 1 / (group - 1) ** 2)
+    unbiased = halves / (1 + 1 / (group - 1) ** 2)
     values = {
         "cos_mean": cosines.mean(),  # NaN of none
         "cos_std": cosines.std(correction=0) if count > 1 else total,
         "cos_positive": (cosines > 0).double().mean(),
         "cos_small": (cosines.abs() < 0.1).double().mean(),
         "interference": gram.sum() / total,
-        "signal_share": signal.sum() / total,
+        "signal_share": unbiased.sum() / total,
     }
     apart = ~torch.eye(len(levels), dtype=torch.bool)
     alike = torch.tensor([[x == y for y in levels] for x in levels])
     for name, pairs in ("", apart), ("_within", apart & alike), ("_between", ~alike):
-        squares, products = (signal[:, None] + signal) / 2, halves[:, None] * halves
+        squares, products = (unbiased[:, None] + unbiased) / 2, halves[:, None] * halves
         values["cos_signal" + name] = gram[pairs].mean() / squares[pairs].mean()
         values["cos_sq_signal" + name] = (AA * BB)[pairs].mean() / products[pairs].mean()
-    columns = {"grad_norm": gram.diagonal().sqrt(), "grad_sq_signal": signal}
+    columns = {"grad_norm": gram.diagonal().sqrt(), "grad_sq_signal": unbiased}
     return {"n_gradients": count} | {name: float(x) for name, x in values.items()}, columns
 
 
@@ -282,7 +282,7 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
     sampled sequences, in nats. direction: of the same names. advantages: [n]. slope: a guess of how
     fast the log-probabilities change along v. The second difference is over a step that changes
     them by 0.03 to 0.1 (root mean square, within a factor of 2). NaN where no such step is found,
-    or rounding would blur the result."""
+    or rounding would blur the result; 0 if all advantages are."""
     length = square(direction.values()) ** 0.5
     if not 0 < length < torch.inf:
         return torch.nan
@@ -337,13 +337,11 @@ class Policy:
 def load_policy(config):
     """The start policy. Raises InputError for a model that cannot be loaded or has no end token."""
     path, cuda = config.model or TASKS[config.task].model, "cuda" in config.device
-    kind = ("bfloat16" if cuda else "float32") if config.dtype == "auto" else config.dtype
+    kind = config.dtype if config.dtype != "auto" else "bfloat16" if cuda else "float32"
     safe = dict(trust_remote_code=False)  # no code from a model's directory is executed
-    attention = None if cuda else "eager"  # the faster one on CPUs
+    how = dict(dtype=kind, attn_implementation=None if cuda else "eager")  # faster on CPUs
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=kind, attn_implementation=attention, **safe
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **how, **safe)
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         vocabulary = len(model.get_output_embeddings().weight)
         if config.lora:  # arXiv 2106.09685; in float32, beside weights of any type
@@ -387,7 +385,7 @@ def with_weights(model, weights):
     return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
 
 
-# What models call their cache: another name from transformers 5.24 on.
+# What models call their cache: the one of these two names that GPT-2 takes.
 CACHE = max({"cache", "past_key_values"} & {*inspect.signature(GPT2LMHeadModel.forward).parameters})
 
 
@@ -408,7 +406,7 @@ def encode_prompts(policy, prompts, copies, forward, hidden=False):
     ids = pad_sequence(tokens, True, -1, padding_side="left").to(device)  # [prompts, width]
     mask, ids = (ids >= 0).long(), ids.clamp(min=0)
     cache, copies = DynamicCache(config=policy.model.config), copies.to(device)
-    # The last logits, by index: a slice's strided view makes torch copy the output layer a prompt.
+    # The last logits, by index: for a slice torch would copy the output layer, once per prompt.
     last = torch.tensor([-1], device=device)
     output = extend(forward, ids, mask, cache, logits_to_keep=last, output_hidden_states=hidden)
     features = torch.full((len(prompts), 1), math.nan)
@@ -443,7 +441,7 @@ def draw(config, purpose, step, rows, group):
 
 @dataclass
 class Batch:
-    """G completions for each of P prompts, on the CPU; beyond a completion's length all is 0.
+    """G completions for each of P prompts, on the CPU; 0 beyond a completion's length.
     Row p * G + g is completion g of prompt p."""
 
     prompts: list[list[int]]  # their tokens
@@ -457,7 +455,7 @@ class Batch:
     rewards: Any = None  # [P, G]; this and what follows are known later
     advantages: Any = None  # [P, G]
     scale: Any = None  # [P] what a prompt's centred rewards are multiplied by
-    weights: Any = None  # [P, G] what each token's term counts
+    weights: Any = None  # [P, G] of each token's term
 
 
 @torch.no_grad()
@@ -468,7 +466,7 @@ def rollout(policy, prompts, uniforms, temperature):
     P, G, T = uniforms.shape
     uniforms, ends = uniforms.view(P * G, T).to(device), torch.tensor(policy.eos_ids, device=device)
     rows = torch.arange(P * G, device=device)  # those that still run
-    # Hidden states are large, and of no use in an evaluation.
+    # Hidden states are large, and of no use in an evaluation, where G is 1.
     mask, cache, logits, features = encode_prompts(policy, prompts, rows // G, model, hidden=G > 1)
     tokens, lengths = rows.new_zeros(P * G, T), rows.new_zeros(P * G)
     logprobs, entropy = torch.zeros(2, P * G, T, device=device)
@@ -485,7 +483,7 @@ def rollout(policy, prompts, uniforms, temperature):
         mask = pad(mask, (0, 1), value=1)
         logits = extend(model, tokens[rows, t, None], mask, cache).logits[:, -1]
     truncated = torch.isin(torch.arange(P * G, device=device), rows)
-    columns = (tokens, lengths, logprobs, entropy, truncated, logprobs * math.nan)
+    columns = tokens, lengths, logprobs, entropy, truncated, torch.full_like(logprobs, math.nan)
     return Batch(prompts, features.cpu(), *(x.cpu().unflatten(0, (P, G)) for x in columns))
 
 
@@ -615,38 +613,39 @@ SMALL = 1_000_000  # trained parameters up to which gradients are kept whole and
 SKETCH = 65_537  # numbers kept of larger ones, a prime
 
 
-def measure_half(policy, batch, rows, part, signs, config, probe, found):
-    """Append to the lists in `found`, by name, what one half of a prompt's completions says.
-    part: its part of the update's gradient. The half's own gradient is that of the expected reward:
+def measure_half(policy, batch, rows, gradient, signs, config, probe, found):
+    """Append to the lists in `found`, by name, the measurements of one half of a prompt's group.
+    gradient: its part of the update's. The half's own gradient is that of the expected reward:
     uphill, the mean over the half of leave-one-out advantages * grad log pi. signs: of
     count_sketch, or None: vectors stay whole."""
     G, n, rewards = batch.lengths.shape[1], len(rows), batch.rewards.flatten()[rows]
     p = rows[0] // G
     scaled = float(batch.scale[p] * batch.weights[p, 0])  # 0 if all rewards are equal
-    # That is divided out; leave-one-out advantages are G/(G-1) times those to the group's mean.
+    # Divide that out; leave-one-out advantages are G/(G-1) times those to the group's mean.
     factor = -G / (G - 1) / n / scaled if scaled else 0.0
-    small = signs is None
-    vector = torch.cat([x.flatten() for x in part]) if small else count_sketch(part, signs, SKETCH)
-    found["vector"].append(vector.float().cpu() * factor)
+    flat = [x.flatten() for x in gradient]
+    vector = torch.cat(flat) if signs is None else count_sketch(flat, signs, SKETCH)
+    vector = vector.float().cpu() * factor
+    found["vector"].append(vector)
     if not probe:
         return
-    length = float(found["vector"][-1].norm())
-    found["curvature"].append(probe_curvature(policy, batch, rows, part, length, config))
+    norm = float(vector.norm())
+    found["curvature"].append(probe_curvature(policy, batch, rows, gradient, norm, config))
     found["reward_std_half"].append(rewards.std(correction=0))
     found["pass_rate_half"].append(pass_rates(rewards[None])[0])
     # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
     alike = torch.ones_like(batch.weights)
     plain = replace(batch, advantages=-alike, weights=alike / G)
-    score = square(loss_gradient(policy, plain, rows, config))
-    found["fisher_half"].append(G**2 / n * score)
+    fisher = square(loss_gradient(policy, plain, rows, config))
+    found["fisher_half"].append(G**2 / n * fisher)
 
 
-def probe_curvature(policy, batch, rows, part, length, config):
+def probe_curvature(policy, batch, rows, gradient, norm, config):
     """Curvature of a prompt's expected reward along the gradient of one half's rows, on the other
-    half's samples. part: that gradient but for a factor; length: its own. The samples have a
-    leave-one-out baseline of their own: next to nothing of the direction's noise is in it. NaN if
-    they are a single one, or the direction's half was rewarded alike: its gradient then is of the
-    others' rewards alone."""
+    half's samples. gradient: that one but for a factor; norm: its norm without. The samples have a
+    leave-one-out baseline of their own: next to nothing of the direction's noise is in it. NaN for
+    a single sample, or for a half rewarded alike, as its gradient comes from the others' rewards.
+    """
     G, own = batch.lengths.shape[1], batch.rewards.flatten()[rows]
     p = rows[0] // G
     others = [row for row in range(p * G, p * G + G) if row not in rows]
@@ -664,11 +663,11 @@ def probe_curvature(policy, batch, rows, part, length, config):
         found = (completion_logprobs(policy, batch, part, config, forward) for part in parts)
         return torch.cat([logprobs.double().sum(dim=1).cpu() for logprobs in found])
 
-    # The gradient is a mean of advantage * grad log pi: over the rewards' deviation it is about as
-    # large as grad log pi is along it.
-    slope = length / float(batch.rewards[p].std(correction=0))
+    # The gradient is a mean of advantage * grad log pi: divided by the rewards' deviation, its norm
+    # is about the slope of log pi along it.
+    slope = norm / float(batch.rewards[p].std(correction=0))
     advantages, masters = (rewards - rewards.mean()) * n / (n - 1), policy.masters
-    direction = dict(zip(masters, part))  # up or down, the curvature is the same
+    direction = dict(zip(masters, gradient))  # up or down, the curvature is the same
     return directional_curvature(sequence_logprobs, masters, direction, advantages, slope)
 
 
@@ -711,10 +710,10 @@ def train(config, dataset=None, reward=None, stop=()):
     )
     masters, limit = [*policy.masters.values()], config.max_grad_norm or math.inf
     optimizer, trained = make_optimizer(masters, config), sum(x.numel() for x in masters)
-    # The KL term's policy is the present one: a second copy of what is trained, and of no more.
+    # The KL term's policy is the start policy, so it is copied before a checkpoint is loaded.
     first = {name: x.detach().clone() for name, x in policy.trained.items() if config.kl}
     reference = torch.no_grad()(with_weights(policy.model, first)) if first else None
-    usual, signs = 1 if trained <= SMALL else 25, None
+    signs, usual = None, 1 if trained <= SMALL else 25  # without signs gradients are kept whole
     geometry_every = usual if config.geometry_every < 0 else config.geometry_every
     probe_every = max(10, usual) if config.probe_every < 0 else config.probe_every
     if trained > SMALL and (geometry_every or probe_every):
@@ -726,7 +725,7 @@ def train(config, dataset=None, reward=None, stop=()):
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error}") from error
     gather([])  # all have seen what is in --out before the first process writes there
-    start, failed = load_checkpoint(config, policy, optimizer, rank) if config.resume else 0, 0
+    failed, start = 0, load_checkpoint(config, policy, optimizer, rank) if config.resume else 0
     if rank == 0:
         save_checkpoint(config, policy, optimizer, start)
         print(
@@ -742,7 +741,7 @@ def train(config, dataset=None, reward=None, stop=()):
         if rank == 0 and step > start and due:
             save_checkpoint(config, policy, optimizer, step)
         if number:
-            stopped = RunError(f"{signal.Signals(number).name}: the same with --resume goes on")
+            stopped = RunError(f"{signal.Signals(number).name}: add --resume to continue")
             stopped.status = 128 + number
             raise stopped
         evaluation = {}
@@ -768,14 +767,14 @@ def train(config, dataset=None, reward=None, stop=()):
         )
         sampled = time.perf_counter()
 
-        # Advantages: here REINFORCE (none) and GRPO (std) part, and nowhere else.
+        # Advantages: here REINFORCE (none) and GRPO (std) differ, and nowhere else.
         advantages = group_advantages(rewards, config.norm)  # [P, G]
         weights = token_weights(lengths, config.agg)  # [P, G]
         scale = advantage_scale(rewards, config.norm)[:, 0]  # [P], to be measured and logged
         batch.advantages, batch.weights, batch.scale = advantages[mine], weights[mine], scale[mine]
 
-        # Gradient: a sum over parts of the batch, of micro-batches or, where they are measured, of
-        # halves of the groups. Without advantage there is none, unless there is KL.
+        # Gradient: summed over micro-batches or, where they are measured, halves of the groups, so
+        # that one part's is held at a time. Without advantage there is none, unless there is KL.
         geometry, probe = (e > 0 and step % e == 0 for e in (geometry_every, probe_every))
         active = [row for row, A in enumerate(batch.advantages.flatten()) if A or reference]
         optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
@@ -789,16 +788,17 @@ def train(config, dataset=None, reward=None, stop=()):
                 groups = torch.arange(len(mine) * G).view(-1, G)
                 parts = [half.tolist() for group in groups for half in group.tensor_split(2)]
             for rows in parts:
-                mixed = [row for row in rows if row in active]
-                part = loss_gradient(policy, batch, mixed, config, reference)
-                for master, new in zip(masters, part):
+                live = [row for row in rows if row in active]
+                gradient = loss_gradient(policy, batch, live, config, reference)
+                for master, new in zip(masters, gradient):
                     master.grad += new
                 if measured:
-                    measure_half(policy, batch, rows, part, signs, config, probe, found)
-                part = new = None  # the next pass needs the memory
+                    measure_half(policy, batch, rows, gradient, signs, config, probe, found)
+                gradient = new = None  # the next pass needs the memory
             for master in masters:
                 collective(dist.all_reduce, master.grad)
             grad_norm = float(clip_grad_norm_(masters, limit))
+            # A policy that is NaN may earn nothing, and so have a gradient of 0.
             grad_norms.append(grad_norm if entropy.isfinite().all() else math.nan)
             if math.isfinite(grad_norms[-1]):
                 optimizer.step()
@@ -857,8 +857,8 @@ def train(config, dataset=None, reward=None, stop=()):
         policy.tokenizer.save_pretrained(out / "model")
         print(
             f"held out {evaluation['eval_reward']:.3f}, greedy "
-            f"{evaluation['eval_greedy_reward']:.3f}; all in {out}\nnext: the same with another "
-            "--norm (and --out, if given), then python analyze.py of both directories"
+            f"{evaluation['eval_greedy_reward']:.3f}; all in {out}\nnext: run with another --norm "
+            "(and --out, if given), then python analyze.py with both directories"
         )
     if size > 1:
         dist.destroy_process_group()
@@ -871,8 +871,9 @@ MAX_SPAN = 300  # characters of an answer: a longer one is none, and slow to par
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 DIGITS += r"(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?"
 # A number with its currency, percent, unit, and the bold, dollars or backticks of a model's text.
+UNIT = r"(?!(?:pi|sqrt|[abeiknxyz])\b)[A-Za-z/ ]"  # but no variable
 NUMBER = re.compile(
-    rf"[\s*`$€£\\]*([-+]?)[\s$€£\\]*({DIGITS})[\s*`$€£\\%.]*(?:(?<=\s)[A-Za-z/ ]+[*`$.]*)?"
+    rf"[\s*`$€£\\]*([-+]?)[\s$€£\\]*({DIGITS})[\s*`$€£\\%.]*(?:(?<=\s){UNIT}+[*`$.]*)?"
 )
 BRACED = r"(?:\\.|[^\\{}])*"  # what a pair of braces holds, with up to 8 pairs in each other
 for _ in range(8):
@@ -880,7 +881,7 @@ for _ in range(8):
 MARKED = re.compile(rf"####\s*(.*)|\\(?:boxed|fbox)\s*(?:\{{({BRACED})\}}|([^\s${{]*[^\s${{.,]))")
 # The last number of a text: "1-3" ends in 3, not in -3.
 UNMARKED = re.compile(rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?")
-# Legal LaTeX that takes for ever, or memory that the parser never gives back: no answer has it.
+# Valid LaTeX that never finishes, or memory that the parser never gives back: no answer has it.
 BOMB = re.compile(
     r"(?<!\\)!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}"
 )
@@ -1010,9 +1011,8 @@ def encode_problems(rows, policy, config):
 
 
 def check_model(policy, prompt, config):
-    """Raises InputError for a model that rollout and training cannot use, or do not take for one
-    distribution. Finds out whether it writes in place what a gradient needs: torch then has a
-    context that keeps a copy."""
+    """Raises InputError for a model that rollout and training cannot use, or on which they differ.
+    Finds out whether it writes in place what autograd needs: then the guard keeps copies."""
     kind = policy.model.config.model_type
     refusal = f"model {config.model or config.task} ({kind}) cannot be used"
     limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
@@ -1028,8 +1028,8 @@ def check_model(policy, prompt, config):
                 policy.guard = torch.autograd.graph.allow_mutation_on_saved_tensors
                 loss_gradient(policy, batch, [0, 1], config)
         except Exception as error:  # whatever another kind of model raises
-            reason = "no place for its state" if isinstance(error, IndexError) else error
-            raise InputError(f"{refusal}: going on from a DynamicCache failed: {reason}") from error
+            reason = "no slot for its state" if isinstance(error, IndexError) else error
+            raise InputError(f"{refusal}: with a DynamicCache it fails: {reason}") from error
         apart = float((batch.old_logprobs - batch.logprobs).abs().max())
         if not apart <= limit:  # nor NaN
             raise InputError(f"{refusal}: rollout and training differ by {apart:.2g} nats")
@@ -1083,12 +1083,12 @@ def load_checkpoint(config, policy, optimizer, rank):
             state = json.loads(file.metadata()["state"])
             then = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
             then, now = asdict(replace(config, **then)), asdict(config)  # settled in one way
-            # The dtype auto goes with any: masters are float32.
+            # The dtype auto takes whatever the run had: its masters are float32.
             differ = {k: (v, now[k]) for k, v in then.items() if now[k] not in (v, "auto")}
             if differ:
-                raise ValueError(f"other settings, then and now: {differ}")
+                raise ValueError(f"other settings, saved and given: {differ}")
             if state["step"] > config.steps:
-                raise ValueError(f"{state['step']} steps are made, above --steps {config.steps}")
+                raise ValueError(f"{state['step']} steps are done, over --steps {config.steps}")
             for name, size in state["logs"].items():
                 if (out / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
@@ -1145,16 +1145,16 @@ def settle(config):
         if allowed and value not in allowed:
             raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed).strip(', ')}")
         if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
-            raise InputError(f"{name} is {value}, not a number from {least.get(name, 0)} on")
+            raise InputError(f"{name} is {value}, not a finite number from {least.get(name, 0)} on")
     if config.agg == "mean" or config.kl:
         if max(config.geometry_every, config.probe_every) > 0:
-            raise InputError("with agg mean or kl the loss has another gradient than is measured")
+            raise InputError("agg mean and kl cannot be measured: leave out geometry and probe")
         config.geometry_every = config.probe_every = 0
     config.task = config.task or ("math" if config.model or config.data else "letters")
     task = TASKS[config.task]
     config.instruction = config.instruction or task.instruction
     if "{question}" not in config.instruction:
-        raise InputError("instruction has no {question}, so no prompt would hold its problem")
+        raise InputError("instruction must contain {question}, where the problem goes")
     config.max_new_tokens = config.max_new_tokens or task.max_new_tokens
     config.lr = config.lr or task.lr * (10 if config.lora else 1)
     if config.device in ("auto", "cuda"):  # each process of a machine takes the GPU of its number

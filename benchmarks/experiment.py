@@ -8,8 +8,11 @@
     python benchmarks/experiment.py arith          # one skill in every problem
     python benchmarks/experiment.py neighbours     # the methods of neighbours.py
     python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl   # a language model
+    python benchmarks/experiment.py drawn          # twenty tasks drawn anew, in four cells
+    python benchmarks/experiment.py pretrained --model DIR  # letters in a language model
     python benchmarks/experiment.py table          # what they say: a line a comparison and norm
     python benchmarks/experiment.py condition      # gap against overlap: table, OUT/condition.png
+    python benchmarks/experiment.py contrast       # of `drawn`: what the gap depends on
     python benchmarks/experiment.py exact          # no runs: policies whose gradient is known
 
 Runs lie in OUT/STUDY/VARIANT/; `python analyze.py runs/experiment/letters/default/*` reports on
@@ -51,6 +54,9 @@ CLIP = {"adamw": 10, "sgd": 0}  # plain SGD has no clipping: it would act on the
 CHOOSING, COMPARING = (100, 101), (0, 1, 2, 3, 4)  # seeds
 # Nothing is measured but pass rates.
 QUIET: dict[str, Any] = dict(geometry_every=0, probe_every=0, eval_every=0)
+# Of `drawn`: how many of three digits are one skill, and whether all letters start alike.
+CELLS = {"separate-unequal": (0, False), "separate-equal": (0, True)}
+CELLS |= {"shared-unequal": (3, False), "shared-equal": (3, True)}
 Plan = Iterator[tuple[str, dict[str, Any]]]  # VARIANT/RUN, and its flags
 
 
@@ -150,6 +156,57 @@ def model(given: argparse.Namespace) -> Plan:
     yield from paired(f"{start.name}-{given.lr:g}", NORMS[:2], given.seeds, **flags)
 
 
+def drawn(given: argparse.Namespace) -> Plan:
+    """Five tasks in each cell, drawn from seeds of their own; batch tells std's common rate from
+    what it does between prompts."""
+    for k, (cell, kind) in enumerate(CELLS.items()):
+        for n in range(5):
+            folder = draw_task(given.out / "tasks", cell, 5 * k + n + 1, *kind)
+            flags = dict(task="letters", model=folder / "model", data=folder / "train.jsonl")
+            flags |= dict(eval_data=folder / "test.jsonl", **QUIET)
+            yield from paired(f"{cell}/{folder.name}", ("none", "std", "batch"), (0, 1), **flags)
+
+
+def draw_task(out: Path, cell: str, seed: int, shared: int, equal: bool) -> Path:
+    """The directory of a task whose letters start within 0.1 of what was meant; a seed that misses
+    is followed by the one 20 above, and stays, for the record."""
+    import make_tasks
+
+    while True:
+        folder = out / cell / f"{seed}"
+        if not (folder / "model" / "tokenizer.json").exists():  # written last
+            task = make_tasks.make_letters(seed, shared, equal)
+            make_tasks.make(task, folder, seed)
+        skills = make_tasks.draw_skills(seed, equal)
+        meant = pd.Series({letter: rate**3 for letter, (*_, rate) in skills.items()})
+        rates = start_rates(folder)
+        (folder / "start.json").write_text(pd.DataFrame({"meant": meant, "is": rates}).to_json())
+        if (rates - meant).abs().max() <= 0.1:
+            return folder
+        seed += 20
+
+
+def start_rates(folder: Path, samples: int = 8) -> pd.Series:
+    """By letter the pass rate of a task's model on its held-out problems, sampled at temperature
+    1."""
+    import torch
+
+    import grpo
+
+    config = grpo.Config(task="letters", model=f"{folder / 'model'}", chat=False, device="cpu")
+    policy, rates = grpo.load_policy(config), []
+    rows = grpo.load_rows(f"{folder / 'test.jsonl'}", False)
+    problems = grpo.encode_problems(rows, policy, config)
+    seeded = torch.Generator().manual_seed(0)
+    for start in range(0, len(problems), 16):
+        part = problems[start : start + 16]
+        uniforms = torch.rand(len(part), samples, config.max_new_tokens, generator=seeded)
+        batch = grpo.rollout(policy, [problem.prompt for problem in part], uniforms, 1.0)
+        grpo.score(policy, batch, part, grpo.exact_match)
+        rates += batch.rewards.mean(dim=1).tolist()
+    return pd.Series(rates).groupby([problem.level for problem in problems]).mean()
+
+
 def pretrained(given: argparse.Namespace) -> Plan:
     """Letters, and letters that share all digits, in a language model that a warm start has taught
     them with their slips: none against std, all weights; with adapters, letters alone."""
@@ -242,9 +299,9 @@ def best_rate(out: Path, optimizer: str, norm: str) -> float:
 
 def early_geometry(runs: list[analyze.Run]) -> dict[str, list[float]]:
     """Corrected cosine and interference of the first 60 steps, before the runs have parted."""
-    starts = [(run.log[run.log["step"] < 60], run.config["prompts"]) for run in runs]
-    values = {"corrected cosine": [analyze.corrected_cosine(log, P) for log, P in starts]}
-    values["interference"] = [log["interference"].mean() for log, _ in starts]
+    free = [analyze.noise_free(analyze.signals(run)[""].loc[:59])[0] for run in runs]
+    values = {"corrected cosine": free}
+    values["interference"] = [run.log["interference"][run.log["step"] < 60].mean() for run in runs]
     return {name: analyze.mean_interval(each) for name, each in values.items()}
 
 
@@ -313,6 +370,46 @@ def condition(out: Path) -> str:
     return analyze.markdown(rows)
 
 
+def welch(groups: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """A weighted sum of the groups' means and its 95% interval by Welch and Satterthwaite."""
+    means, parts, sizes = (np.array([f(group) for group in groups]) for f in (np.mean, np.var, len))
+    parts = np.square(weights) * parts / (sizes - 1)  # of the sum's variance
+    freedom = parts.sum() ** 2 / (parts**2 / (sizes - 1)).sum()
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(parts.sum())
+    mean = float(np.dot(weights, means))
+    return [mean, mean - half, mean + half]
+
+
+def task_gaps(folder: Path, norm: str, hardest: bool = False) -> float:
+    """Of a drawn task the mean gap of a norm to none over all steps, in points, over its seeds; of
+    all problems or those of the hardest third."""
+    prompts = pd.concat([run.prompts for run in whole_runs(folder)])
+    if hardest:
+        levels = next(iter(analyze.cut_levels(prompts).values()))
+        prompts = prompts[prompts["level"].isin(levels)]
+    rates = prompts.groupby(["norm", "seed", "step"])["pass_rate"].mean().groupby("norm").mean()
+    return 100 * float(rates[norm] - rates["none"])
+
+
+def contrast(out: Path) -> str:
+    """Of `drawn`: the gap over all steps by cell, and how much larger it is where skills are
+    separate and unequal than in the mean of the other cells. Intervals are over tasks."""
+    rows: dict[str, dict[str, Any]] = {}
+    for norm in ("std", "batch"):
+        cells = []
+        for cell in CELLS:
+            folders = sorted({path.parents[1] for path in (out / "drawn" / cell).glob("*/*/model")})
+            cells.append([task_gaps(folder, norm) for folder in folders])
+            row = rows[f"{norm}, {cell}"] = {"tasks": float(len(folders))}
+            row["gap, points"] = analyze.mean_interval(cells[-1])
+            if "unequal" in cell:
+                hard = [task_gaps(folder, norm, True) for folder in folders]
+                row["of the hardest third"] = analyze.mean_interval(hard)
+        more = welch(cells, [1, -1 / 3, -1 / 3, -1 / 3])
+        rows[f"{norm}, separate-unequal less the others"] = {"gap, points": more}
+    return analyze.markdown(rows)
+
+
 def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
     """The expected gradient of a norm over that of the pass rate J, for groups of a size (0: no
     sampling). With std it is E[sd / (J (1 - J))] over the binomial number of right completions."""
@@ -362,22 +459,22 @@ def exact() -> str:
 
 def main() -> None:
     """The command line."""
-    studies = (letters, rates, norms, groups, overlap, arith, neighbours, model)
+    studies = (letters, rates, norms, groups, overlap, arith, neighbours, model, drawn, pretrained)
     plans = {plan.__name__: plan for plan in studies}
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
-    add("study", choices=[*plans, "table", "condition", "exact"])
+    add("study", choices=[*plans, "table", "condition", "contrast", "exact"])
     add("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
     add("--jobs", type=int, default=2, help="runs at a time, which share the cores")
-    add("--model", help="of model: directory or hub name")
+    add("--model", help="of model and pretrained: directory or hub name")
     add("--svamp", type=Path, help="of model: JSONL file of SVAMP")
     add("--lr", type=float, default=1e-5, help="of model")
     add("--steps", type=int, default=150, help="of model")
     add("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
     given = parser.parse_args()
     reports = {"table": lambda: table(given.out), "condition": lambda: condition(given.out)}
-    reports["exact"] = exact
+    reports |= {"exact": exact, "contrast": lambda: contrast(given.out)}
     if report := reports.get(given.study):
         print(report())
         return

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -112,6 +113,29 @@ def test_the_letters_pass_rates_at_the_start_are_as_stated():
         own = [row["question"][0] == letter for row in problems]
         found = rates[own].mean()
         assert found == pytest.approx(rate**3, abs=0.08)  # 340 samples: up to three standard errors
+
+
+def test_drawn_letters_differ_in_digits_and_order_and_equal_ones_are_as_hard_on_average():
+    drawn = [make_tasks.draw_skills(seed) for seed in range(20)]
+    assert drawn[0] == make_tasks.LETTERS
+    assert len({str(skills) for skills in drawn}) == 20
+    for seed, skills in enumerate(drawn):
+        right, wrong, rates = zip(*skills.values())
+        assert len({*right}) == len({*wrong}) == 6 and all(a != b for a, b in zip(right, wrong))
+        assert sorted(rates) == [0.30, 0.33, 0.55, 0.75, 0.87, 0.97]
+        alike = [rate for *_, rate in make_tasks.draw_skills(seed, True).values()]
+        assert np.mean(np.power(alike, 3)) == pytest.approx(np.mean(np.power(rates, 3)))
+        assert len({*alike}) == 1
+    question, answer = make_tasks.make_letters(3, shared=3).train[1]
+    added = drawn[3]["a"][0]
+    assert answer == "".join(str((int(digit) + added) % 10) for digit in question[2:5])
+
+
+def test_welchs_interval_is_scipys():
+    a, b = [1.0, 2.0, 4.0, 3.0], [0.5, 0.7, 0.2]
+    expected = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    found = experiment.welch([a, b], [1, -1])
+    assert found == pytest.approx([2.5 - 1.4 / 3, expected.low, expected.high])
 
 
 @slow
