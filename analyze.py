@@ -180,30 +180,29 @@ def correlations(rows: pd.DataFrame) -> pd.Series:
 
 @functools.lru_cache(maxsize=8)
 def broken_lines(x: tuple[float, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """All continuous lines with `count` knots at positions x [n]: their knots [lines, count],
-    indices of x, and orthonormal bases [lines, n, 2 + count] of the functions that bend there."""
+    """All continuous lines with `count` knots at positions x [n], level up to the first: their
+    knots [lines, count], indices of x, and orthonormal bases [lines, n, 1 + count] of the functions
+    that bend there."""
     n, tenth = len(x), math.ceil(len(x) / 10)
     sets = itertools.combinations(range(tenth, n - tenth + 1), count)
     apart = [s for s in sets if all(b - a >= m for a, b, m in zip(s, s[1:], (tenth, 3)))]
     knots = np.array(apart, int)
     t = (np.array(x) - x[0]) / (x[-1] - x[0])
     hinges = np.maximum(t - t[:, None], 0)[knots].swapaxes(1, 2)  # [lines, n, count]
-    straight = np.broadcast_to(np.stack([np.ones(n), t], axis=1), (len(knots), n, 2))
-    return knots, np.linalg.qr(np.concatenate([straight, hinges], axis=2))[0]
+    level = np.ones((len(knots), n, 1))
+    return knots, np.linalg.qr(np.concatenate([level, hinges], axis=2))[0]
 
 
 def best_lines(
     x: tuple[float, ...], y: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Least-squares lines with `count` knots, shared by the d series of every draw: [n, draws, d]
-    -> knots [draws, count], basis of the first draw's line [n, 2 + count], sum of squares left
-    [draws]."""
+    """Least-squares lines with `count` knots: y [n, draws] -> knots [draws, count], bases of the
+    lines [draws, n, 1 + count], sums of squares left [draws]."""
     knots, bases = broken_lines(x, count)
-    weights = bases.swapaxes(1, 2) @ y.reshape(len(y), -1)  # [lines, 2 + count, draws * d]
-    explained = np.square(weights).sum(axis=1).reshape(len(bases), *y.shape[1:]).sum(axis=2)
-    best, total = explained.argmax(axis=0), np.square(y).sum(axis=(0, 2))
+    explained = np.square(bases.swapaxes(1, 2) @ y).sum(axis=1)  # [lines, draws]
+    best, total = explained.argmax(axis=0), np.square(y).sum(axis=0)
     left = np.maximum(total - explained.max(axis=0), 1e-12 * total + 1e-300)
-    return knots[best], bases[best[0]], left
+    return knots[best], bases[best], left
 
 
 def detect_phases(
@@ -218,95 +217,96 @@ def detect_phases(
     runs, shaped like gap. NaN: not measured. steps: [n], rising, by default 0, 1, 2, ... Raises
     ValueError for unequal shapes.
 
-    BIC chooses the number of `knots`, 0 to 3, of a continuous broken line through the runs' mean in
-    60 windows. `boundaries`: the first two knots of the better of the lines with 2 and 3, where II
-    and III begin, whether BIC supports them or not ([]: too few windows). `intervals`: theirs over
-    resampled runs. `line`: its corners. `claims`: by name the effect, its 95% interval over runs
-    (Student's t), and the verdict: holds, reversed, not seen, not measured. `found`: there are
-    two knots or more, and the claims on the gap hold; `reason` says it in words. Without a gap the
-    line is fitted to the other two series.
+    BIC chooses the number of `knots`, 0 to 3, of a continuous broken line, level up to the first,
+    through the runs' mean in 60 windows. `boundaries`: where II and III begin ([]: no gap, or too
+    few windows), the first two knots of the better of the lines with 2 and 3; but the first and the
+    third where the gap widens by another fifth after the second: pairs that take off late open it
+    further. `intervals`: theirs over resampled runs. `line`: its corners. `claims`: by name the
+    effect, its 95% interval over runs (Student's t; []: fewer than three), and the verdict: "holds"
+    where the interval lies within the claim's limits, "reversed" where it lies outside, "not seen",
+    "not measured". opens_in_II: what each run's line gains in II is above 0. alike_in_I: the mean
+    gap in I is within a fifth of that gain. stops_in_III: what the line gains a step in III is
+    below half the rate of II (it may narrow). The changes from I to III of reward_std
+    (deviation_falls) below 0, of cos_std (orthogonality_falls) above 0. `found`: the three claims
+    on the gap hold; `reason` says it in words.
     """
-    series = [reward_std, cos_std] if gap is None else [reward_std, cos_std, gap]
+    series = [reward_std, cos_std, [math.nan] if gap is None else gap]
     given = [np.atleast_2d(np.asarray(values, float)).T for values in series]
     index = np.arange(len(given[0])) if steps is None else np.asarray(steps)
-    if len({values.shape for values in given}) > 1:
-        raise ValueError("series of unequal shapes")
-    sigma, spread, *gaps = (windows(pd.DataFrame(values, index)).dropna() for values in given)
-    at = gaps[0].index if gaps else sigma.index.intersection(spread.index)
     result: dict[str, Any] = {"found": False, "knots": 0, "claims": {}}
     result |= {"boundaries": [], "intervals": [], "line": []}
-    if len(at) < 30:
-        return result | {"reason": f"Undecided: {len(at)} windows of what is fitted, 30 are needed"}
-    y = np.stack([table.loc[at] for table in gaps or [sigma, spread]], axis=2)  # [windows, runs, d]
-    if not gaps:  # of two units
-        y = (y - y.mean(axis=(0, 1))) / np.maximum(y.mean(axis=1).std(axis=0), 1e-12)
+    if gap is None:
+        return result | {"reason": "Undecided: there is no gap, run --norm none, same seeds"}
+    if len({values.shape for values in given}) > 1:
+        raise ValueError("series of unequal shapes")
+    sigma, spread, gaps = (windows(pd.DataFrame(values, index)).dropna() for values in given)
+    if len(gaps) < 30:
+        return result | {"reason": f"Undecided: {len(gaps)} windows with a gap, 30 are needed"}
+    y, at = gaps.to_numpy(), gaps.index.to_numpy()  # [windows, runs]
     x, runs = tuple(map(float, at)), y.shape[1]
 
     # The data first, then resampled runs. Noise that lasts over several windows looks like bends:
     # so BIC counts fewer windows than there are.
     rows = np.random.default_rng(0).integers(runs, size=(201 if runs > 2 else 1, runs))
     rows[0] = np.arange(runs)
-    drawn = y[:, rows].mean(axis=2)  # [windows, draws, d]
+    drawn = y[:, rows].mean(axis=2)  # [windows, draws]
     knots, bases, left = zip(*(best_lines(x, drawn, count) for count in range(4)), strict=True)
-    noise = drawn[:, 0] - bases[3] @ (bases[3].T @ drawn[:, 0])
-    rho = np.clip((noise[1:] * noise[:-1]).sum() / max(np.square(noise).sum(), 1e-300), 0, 0.9)
-    size, d = noise.size * (1 - rho) / (1 + rho), y.shape[2]
-    penalties = math.log(size) * (d * (2 + np.arange(4)) + np.arange(4))[:, None]
-    scores = size * np.log(np.stack(left)) + penalties  # [4, draws]
+    lines = (bases[3] @ (bases[3].swapaxes(1, 2) @ drawn.T[..., None]))[..., 0]  # [draws, windows]
+    noise = drawn[:, 0] - lines[0]
+    rho = np.clip((noise[1:] @ noise[:-1]) / max(noise @ noise, 1e-300), 0, 0.9)
+    size = len(noise) * (1 - rho) / (1 + rho)
+    scores = size * np.log(np.stack(left))  # [4, draws]
+    scores += math.log(size) * (1 + 2 * np.arange(4))[:, None]
     three = scores[3] < scores[2]
-    chosen = np.where(three[:, None], knots[3][:, :2], knots[2])  # [draws, 2]
-    (first, second), bounds = chosen[0], at.to_numpy()[chosen]
+    bends = np.where(three[:, None], knots[3][:, :2], knots[2])  # [draws, 2]
+    start, then, last = np.take_along_axis(lines, knots[3], axis=1).T
+    more = np.maximum(last, lines[:, -1]) - then > 0.2 * abs(then - start)
+    bends[:, 1] = np.where(three & more, knots[3][:, 2], bends[:, 1])
+    (first, second), bounds = bends[0], at[bends]
     result |= {"knots": int(scores[:, 0].argmin()), "boundaries": bounds[0].tolist()}
     if runs > 2:
         limits = np.quantile(bounds[1:], [0.025, 0.975], axis=0, method="nearest")
         result["intervals"] = limits.T.tolist()
 
-    def claim(name: str, values: Any, above_0: list[Any], also: bool = True) -> None:
+    def claim(name: str, values: Any, above: float, below: float) -> None:
         effect, *interval = mean_interval(values)
-        holds = also and all(mean_interval(each)[1] > 0 for each in above_0)
-        verdict = "reversed" if mean_interval(above_0[0])[2] < 0 else "not seen"
-        if not math.isfinite(interval[0]):
+        low, high = interval
+        verdict = "reversed" if low > below or high < above else "not seen"
+        if above < low and high < below:
+            verdict = "holds"
+        if not math.isfinite(low):
             interval, verdict = [], "not measured"
-        found = {"effect": effect, "interval": interval, "verdict": "holds" if holds else verdict}
-        result["claims"][name] = found
+        result["claims"][name] = {"effect": effect, "interval": interval, "verdict": verdict}
 
-    if gaps:
-        basis, third = (bases[3], knots[3][0, 2]) if three[0] else (bases[2], len(x) - 1)
-        fit, ends = basis @ (basis.T @ y[:, :, 0]), [0, first, second, third]  # [windows, runs]
-        slopes = ((fit[b] - fit[a]) / (x[b] - x[a]) for a, b in itertools.pairwise(ends))
-        one, two, last = slopes
-        early, rise, lead = y[:first, :, 0].mean(axis=0), fit[second] - fit[first], fit[second]
-        widens = any(mean_interval(fit[end] - lead)[1] > 0 for end in (third, -1))
-        claim("alike_in_I", two - one, [two - one, lead / 2 - early, lead / 2 + early])
-        claim("opens_in_II", rise, [rise, lead])
-        claim("stops_in_III", last - two, [two - last], not widens)
-        result["line"] = [[int(at[i]), float(fit[i].mean())] for i in sorted({*ends, len(x) - 1})]
+    count = 3 if three[0] else 2
+    basis, ends = bases[count][0], {0, *knots[count][0], len(x) - 1}
+    fit = basis @ (basis.T @ y)  # [windows, runs]
+    rise, after = fit[second] - fit[first], fit[-1] - fit[second]
+    gain = abs(rise.mean())
+    claim("alike_in_I", y[:first].mean(axis=0), -gain / 5, gain / 5)
+    claim("opens_in_II", rise, 0, math.inf)
+    half = gain / (x[second] - x[first]) / 2
+    claim("stops_in_III", after / (x[-1] - x[second]), -math.inf, half)
+    result["line"] = [[int(at[i]), float(fit[i].mean())] for i in sorted(ends)]
     claims = result["claims"]
     failed = [name.replace("_", " ") for name in claims if claims[name]["verdict"] != "holds"]
-    for name, table, sign in (("deviation_falls", sigma, -1), ("orthogonality_falls", spread, 1)):
+    for name, table, *signs in (
+        ("deviation_falls", sigma, -math.inf, 0),
+        ("orthogonality_falls", spread, 0, math.inf),
+    ):
         change = table[table.index >= at[second]].mean() - table[table.index < at[first]].mean()
-        claim(name, change, [sign * change])
+        claim(name, change, *signs)
 
-    if not gaps:
-        reason = (
-            "Undecided: phases are those of a gap, and there is none: run --norm none with the "
-        )
-        reason += "same seeds"
-    elif runs < 3:
+    if runs < 3:
         reason = "Undecided: no interval over seeds, run three seeds or more"
-    elif result["knots"] < 2:
-        bends = ("no bend", "one bend")[result["knots"]]
-        reason = f"No three phases: the gap is best described by a line with {bends}"
     elif failed:
         reason = f"No three phases: of the claims on the gap not all hold: {', '.join(failed)}"
     else:
         result["found"], (opens, stops) = True, bounds[0]
-        reason = (
-            f"Three phases: alike to step {opens}, the gap opens to step {stops} and widens no "
-        )
-        reason += "longer"
-        if claims["orthogonality_falls"]["verdict"] in ("not seen", "reversed"):
-            reason += "; the paper's reason for the third, that orthogonality falls, is not seen"
+        reason = f"Three phases: alike to step {opens}, the gap opens to step {stops}"
+        reason += ", then at less than half that rate, if at all"
+        if (verdict := claims["orthogonality_falls"]["verdict"]) != "holds":
+            reason += f"; the paper's reason, that orthogonality falls, is {verdict}"
     return result | {"reason": reason}
 
 
@@ -639,17 +639,16 @@ def describe(title: str, found: dict[str, Any]) -> str:
 
 {markdown(claims)}
 
-In order: slope of the gap in II less that in I (pass rate a step), its rise in II, its slope in III
-less that in II; changes from I to III of mean σ and of the cosines' deviation, which noise widens.
-*Not seen*: the interval includes 0, so an effect as large as its ends may have been missed.
+In order: the mean gap in I (holds within a fifth of what the gap gains in II); that gain (above 0);
+the gain a step in III (below half the rate of II); changes from I to III of mean σ (below 0) and of
+the cosines' deviation (above 0; noise widens it). *Not seen*: all that the interval has may be.
 
 ### Norms
 {markdown(found["norms"])}
 
 Steps and speed-up: where every run begins below the goal and reaches it. The largest gap is picked
-among 60 windows and a little too large. Predicted: for plain ascent along orthogonal prompts with
-curvature ∝ σ; its two factors are the common rate, which Adam takes back, and the allocation among
-prompts, never above 1.
+among 60 windows and a little too large. Predicted: for plain ascent, orthogonal prompts, curvature
+∝ σ; by the common rate, which Adam takes back, and by the allocation among prompts, at most 1.
 
 ### Gap to none by level of difficulty
 {markdown(found["levels"], "The problems have no levels.")}
@@ -662,10 +661,9 @@ prompts, never above 1.
 | paper, step 260 | 0.039 | 0.066 | 0.727 | 0.803 | 4950 |
 | paper, step 500 | 0.056 | 0.130 | 0.664 | 0.524 | 4950 |
 
-Where C, from the start to T, is below 1, Theorem 3.2 bounds the least gradient up to T more tightly
-for GRPO (as stated, for the sum of gradients, it cannot hold for every T). σ of few completions is
-too low (0.464 for 0.5 at 8), and so is C. Features: mean size of the cosines of prompts' hidden
-states, raw and centred; 0.088 in the paper (section 4.1).
+Where C, from the start to T, is below 1, Theorem 3.2 has the better bound for GRPO, on the least
+gradient up to T. σ of few completions is too low (0.464 for 0.5 at 8), and so is C. Features: mean
+size of the cosines of prompts' hidden states, raw and centred; 0.088 in the paper (section 4.1).
 
 ### Cosines of prompt gradients without noise
 {markdown(found["noise_free"])}
@@ -676,8 +674,8 @@ Assumption 4 allows no cosine below 0; the interference is heterogeneous where t
 ### Fisher information and reward variance over prompts (Table 1: 0.342 and -0.028)
 {markdown(found["fisher"])}
 
-Mean correlation within a step. Across halves neither side has the other's noise, which flattens
-it: it is at most about the root of the product of the reliabilities, the halves' correlations.
+Mean correlation within a step. Across halves no noise is shared, and it flattens: r is at most near
+the root of the product of the reliabilities, which are the halves' correlations.
 
 ### Signed curvature against V(1 − 2p) over prompts
 {markdown({"all steps": found["curvature"]})}

@@ -1559,7 +1559,7 @@ def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray
     t, found = np.arange(30), []
     for knots in itertools.combinations(range(3, 28), count):
         if all(b - a >= 3 for a, b in itertools.pairwise(knots)):
-            columns = np.stack([t**0, t, *(np.clip(t - k, 0, None) for k in knots)], axis=1)
+            columns = np.stack([t**0, *(np.clip(t - k, 0, None) for k in knots)], axis=1)
             left = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
             found.append((float(left @ left), knots, left))
     return min(found, key=lambda fit: fit[0])
@@ -1573,41 +1573,46 @@ def test_lines_and_their_number_are_those_of_all_regressions(seed):
     noise = fits[3][2]
     rho = max(0, noise[1:] @ noise[:-1] / (noise @ noise))
     size = 30 * (1 - rho) / (1 + rho)
-    costs = [(2 + 2 * k) * math.log(size) for k in range(4)]
+    costs = [(1 + 2 * k) * math.log(size) for k in range(4)]
     scores = [size * math.log(left) + cost for (left, _, _), cost in zip(fits, costs)]
     result = analyze.detect_phases(y, y, y)
     assert result["knots"] == np.argmin(scores)
-    assert result["boundaries"] == list(fits[2 + (scores[3] < scores[2])][1][:2])
+    wider, (a, b, c) = y - noise, fits[3][1]  # of three knots the third, if the gap still widens
+    late = max(wider[c], wider[-1]) - wider[b] > 0.2 * abs(wider[b] - wider[a])
+    three = [a, c if late else b]
+    assert result["boundaries"] == (three if scores[3] < scores[2] else list(fits[2][1]))
 
 
 ALIKE, OPENS, STOPS, NOT = "alike_in_I", "opens_in_II", "stops_in_III", "not measured"
+# Three runs of 0.9, 1 and 1.1 times a line: intervals are 0.248 of the effect to either side.
 CASES = [
-    ((0, 0, 6, 6), ""),
-    ((0, 0, 6, 0), ""),
-    ((4, 4, 6, 6), ALIKE),
-    ((-6, -6, 0, 0), f"{ALIKE} {OPENS}"),
-    ((0, 0, 5, 7), STOPS),
-    ((0, 0, 3, 9), STOPS),
-    ((0, 3, 4, 4), ALIKE),
-    ((0, 0, -6, -6), f"{ALIKE} {OPENS} {STOPS}"),
+    ((0, 0, 6, 6), {}),
+    ((0, 0, 6, 0), {}),
+    ((1, 1, 7, 7), {ALIKE: "not seen"}),  # a fifth of 6 is within 1 +- 0.25
+    ((-6, -6, 0, 0), {ALIKE: "reversed"}),
+    ((0, 0, 5, 7), {}),  # 2 +- 0.5 is below half of 5
+    ((0, 0, 4, 6), {STOPS: "not seen"}),
+    ((0, 0, 3, 9), {STOPS: "reversed"}),
+    ((0, 0, -6, -6), {OPENS: "reversed"}),
 ]
 
 
 @pytest.mark.parametrize(("corners", "failed"), CASES)
 def test_claims_on_lines_without_noise(corners, failed):
-    scales, failed = np.array([[0.9], [1.0], [1.1]]), {*failed.split()}
+    scales = np.array([[0.9], [1.0], [1.1]])
     shape = np.interp(np.arange(60), [0, 20, 40, 60], corners)
     sigma = np.repeat([0.4, 0.3, 0.2], 20) * scales
     result = analyze.detect_phases(shape * scales, sigma, 0 * sigma, 5 * np.arange(60))
-    claims, (one, two, three) = result["claims"], np.diff(corners) / 100
+    claims, (_, two, three) = result["claims"], np.diff(corners) / 100
     assert result["boundaries"] == [100, 200] and result["intervals"] == [[100, 100], [200, 200]]
-    lacking = {name for name, claim in claims.items() if claim["verdict"] != "holds"}
-    assert lacking == failed | {"orthogonality_falls"}
-    values = {ALIKE: two - one, OPENS: 100 * two, STOPS: three - two, "deviation_falls": -0.2}
+    found = {name: x["verdict"] for name, x in claims.items() if x["verdict"] != "holds"}
+    assert found == failed | {"orthogonality_falls": "not seen"}
+    values = {ALIKE: corners[0], OPENS: 100 * two, STOPS: three, "deviation_falls": -0.2}
     for name, value in values.items():
         half = 4.302653 * 0.1 / math.sqrt(3) * abs(value)  # Student's t with two degrees of freedom
-        assert claims[name]["effect"] == pytest.approx(value)
-        assert claims[name]["interval"] == pytest.approx([value - half, value + half], rel=1e-5)
+        assert claims[name]["effect"] == pytest.approx(value, abs=1e-9)
+        interval = pytest.approx([value - half, value + half], rel=1e-5, abs=1e-9)
+        assert claims[name]["interval"] == interval
     assert result["found"] == ("alike to step 100" in result["reason"]) == (not failed)
 
 
@@ -1633,15 +1638,11 @@ def test_what_is_missing_and_what_is_not_decided():
         analyze.detect_phases(gap, sigma, sigma[:2])
 
 
-def test_without_a_gap_the_line_is_that_of_deviation_and_cosines():
-    t, noise = np.arange(60), np.random.default_rng(0).normal(size=(2, 3, 60))
-    sigma = np.interp(t, [0, 20, 40, 60], [0.45, 0.45, 0.2, 0.2]) + 1e-3 * noise[0]
-    spread = 100 * np.interp(t, [0, 20, 40, 60], [0.1, 0.1, 0.1, 0.3]) + 0.01 * noise[1]
-    result = analyze.detect_phases(None, sigma, spread)
-    assert result["knots"] == 2 and result["boundaries"] == [20, 40] and not result["found"]
-    assert set(result["claims"]) == {"deviation_falls", "orthogonality_falls"}
-    assert "--norm none" in result["reason"]
-    assert {claim["verdict"] for claim in result["claims"].values()} == {"holds"}
+def test_without_a_gap_there_are_no_phases():
+    sigma = np.full((3, 60), 0.3)
+    result = analyze.detect_phases(None, sigma, sigma)
+    assert not result["found"] and result["claims"] == {} and result["boundaries"] == []
+    assert "run --norm none" in result["reason"]
 
 
 def test_predicted_gain_by_hand():
