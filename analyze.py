@@ -674,8 +674,8 @@ Assumption 4 allows no cosine below 0; the interference is heterogeneous where t
 ### Fisher information and reward variance over prompts (Table 1: 0.342 and -0.028)
 {markdown(found["fisher"])}
 
-Mean correlation within a step. Across halves no noise is shared, and it flattens: r is at most near
-the root of the product of the reliabilities, which are the halves' correlations.
+Mean correlation within a step. Across halves no noise is shared, but it flattens: r reaches at most
+about the root of the product of the reliabilities, which are the correlations of the halves.
 
 ### Signed curvature against V(1 − 2p) over prompts
 {markdown({"all steps": found["curvature"]})}
