@@ -693,7 +693,7 @@ def draw(path: Path, title: str, found: dict[str, Any], lines: dict[str, Any]) -
     """phases.png: series over steps, with 95% intervals, in Okabe and Ito's colours, which
     everybody can tell apart."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes, phases = figure.subplots(2, 3).flat, found["phases"]
+    axes, phases = [*figure.subplots(2, 3).flat], found["phases"]
     colors, styles = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], ["-", "--", "-.", ":"]
     for axis, (name, parts) in zip(axes, lines.items(), strict=True):
         axis.set_prop_cycle(color=colors, linestyle=styles)
