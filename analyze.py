@@ -641,8 +641,7 @@ def describe(title: str, found: dict[str, Any]) -> str:
 
 In order: the mean gap in I (holds within a fifth of what the gap gains in II); that gain (above 0);
 the gain a step in III (below half the rate of II); changes from I to III of mean σ (below 0) and of
-the cosines' deviation (above 0; noise widens it). *Not seen* is not absent: any effect within the
-interval would have gone unseen.
+the cosines' deviation (above 0; noise widens it). *Not seen*: any effect in the interval may exist.
 
 ### Norms
 {markdown(found["norms"])}
