@@ -180,11 +180,11 @@ def correlations(rows: pd.DataFrame) -> pd.Series:
 
 @functools.lru_cache(maxsize=8)
 def broken_lines(x: tuple[float, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """All continuous lines with `count` knots at positions x [n], level up to the first: their
-    knots [lines, count], indices of x, and orthonormal bases [lines, n, 1 + count] of the functions
-    that bend there."""
+    """All continuous lines with `count` knots at positions x [n], level up to the first, which may
+    be the very start: their knots [lines, count], indices of x, and orthonormal bases [lines, n,
+    1 + count] of the functions that bend there."""
     n, tenth = len(x), math.ceil(len(x) / 10)
-    sets = itertools.combinations(range(tenth, n - tenth + 1), count)
+    sets = itertools.combinations([0, *range(tenth, n - tenth + 1)], count)
     apart = [s for s in sets if all(b - a >= m for a, b, m in zip(s, s[1:], (tenth, 3)))]
     knots = np.array(apart, int)
     t = (np.array(x) - x[0]) / (x[-1] - x[0])
@@ -219,16 +219,15 @@ def detect_phases(
 
     BIC chooses the number of `knots`, 0 to 3, of a continuous broken line, level up to the first,
     through the runs' mean in 60 windows. `boundaries`: where II and III begin ([]: no gap, or too
-    few windows), the first two knots of the better of the lines with 2 and 3; but the first and the
-    third where the gap widens by another fifth after the second: pairs that take off late open it
-    further. `intervals`: theirs over resampled runs. `line`: its corners. `claims`: by name the
-    effect, its 95% interval over runs (Student's t; []: fewer than three), and the verdict: "holds"
-    where the interval lies within the claim's limits, "reversed" where it lies outside, "not seen",
-    "not measured". opens_in_II: what each run's line gains in II is above 0. alike_in_I: the mean
-    gap in I is within a fifth of that gain. stops_in_III: what the line gains a step in III is
-    below half the rate of II (it may narrow). The changes from I to III of reward_std
-    (deviation_falls) below 0, of cos_std (orthogonality_falls) above 0. `found`: the three claims
-    on the gap hold; `reason` says it in words.
+    few windows), the first two knots of the better of the lines with 2 and 3; but the third, and
+    the first after the start, where the line gains another quarter after the second: pairs that
+    take off late open the gap further. `intervals`: theirs over resampled runs. `line`: its
+    corners. `claims`: by name the effect, its 95% interval over runs (Student's t; []: fewer than
+    three), and the verdict: "holds" where the interval lies within the claim's limits, "reversed"
+    where it lies outside, "not seen", "not measured". opens_in_II: what each run's line gains in II
+    is above 0. alike_in_I: the mean gap in I is within a quarter of that. stops_in_III: what it
+    gains a step in III is below half the rate of II. deviation_falls, orthogonality_falls: the
+    changes from I to III of reward_std, below 0, and cos_std, above. `found`: the first three hold.
     """
     series = [reward_std, cos_std, [math.nan] if gap is None else gap]
     given = [np.atleast_2d(np.asarray(values, float)).T for values in series]
@@ -260,8 +259,9 @@ def detect_phases(
     three = scores[3] < scores[2]
     bends = np.where(three[:, None], knots[3][:, :2], knots[2])  # [draws, 2]
     start, then, last = np.take_along_axis(lines, knots[3], axis=1).T
-    more = np.maximum(last, lines[:, -1]) - then > 0.2 * abs(then - start)
-    bends[:, 1] = np.where(three & more, knots[3][:, 2], bends[:, 1])
+    more = np.maximum(last, lines[:, -1]) - then > abs(then - start) / 4
+    later = np.where(knots[3][:, :1] > 0, knots[3][:, ::2], knots[3][:, 1:])
+    bends = np.where((three & more)[:, None], later, bends)
     (first, second), bounds = bends[0], at[bends]
     result |= {"knots": int(scores[:, 0].argmin()), "boundaries": bounds[0].tolist()}
     if runs > 2:
@@ -283,7 +283,7 @@ def detect_phases(
     fit = basis @ (basis.T @ y)  # [windows, runs]
     rise, after = fit[second] - fit[first], fit[-1] - fit[second]
     gain = abs(rise.mean())
-    claim("alike_in_I", y[:first].mean(axis=0), -gain / 5, gain / 5)
+    claim("alike_in_I", gaps.iloc[:first].mean(), -gain / 4, gain / 4)
     claim("opens_in_II", rise, 0, math.inf)
     half = gain / (x[second] - x[first]) / 2
     claim("stops_in_III", after / (x[-1] - x[second]), -math.inf, half)
@@ -639,7 +639,7 @@ def describe(title: str, found: dict[str, Any]) -> str:
 
 {markdown(claims)}
 
-In order: the mean gap in I (holds within a fifth of what the gap gains in II); that gain (above 0);
+In order: the mean gap in I (holds within a quarter of the gap's gain in II); that gain (above 0);
 the gain a step in III (below half the rate of II); changes from I to III of mean σ (below 0) and of
 the cosines' deviation (above 0; noise widens it). *Not seen*: any effect in the interval may exist.
 

@@ -1508,7 +1508,7 @@ SHAPES = dict(level=[0, 0, 1, 1], narrows=[0, 0, 1, 0.4], none=[0] * 4, grows=[0
 SHAPES |= dict(constant=[1] * 4, late=[0, 0, 0.5, 1], behind=[-1, -1, 0, 0], lead=[0.7, 0.7, 1, 1])
 HOW = "", " smooth", " onsets", " smooth onsets"
 TRUE = [f"{name}{how}" for name in ("level", "narrows") for how in HOW]
-FALSE = ["none", "grows", "late", "constant", "behind", "lead", "dip"]
+FALSE = ["none", "grows", "late", "constant", "behind", "lead", "dip", "once", "curve"]
 
 
 def detected(kind: str, count: int) -> tuple[float, float]:
@@ -1529,6 +1529,8 @@ def detected(kind: str, count: int) -> tuple[float, float]:
                 shape = walk
             elif kind == "dip":
                 shape = np.interp(t, [a, (a + b) / 2, b], [0, -1, 0])
+            elif kind in ("once", "curve"):  # opens from the start on
+                shape = np.interp(t, [0, b / 2, b], [0, 0.75 if kind == "curve" else 0.5, 1])
             smooth = np.convolve(np.pad(shape, 6, "edge"), np.ones(12) / 12, "same")[6:-6]
             row += top * (smooth if "smooth" in kind else shape)
         result = analyze.detect_phases(gap, 0 * gap, 0 * gap)
@@ -1557,7 +1559,7 @@ def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray
     """Sum of squares, knots and residuals of the best broken line through 30 values, by a
     regression for each."""
     t, found = np.arange(30), []
-    for knots in itertools.combinations(range(3, 28), count):
+    for knots in itertools.combinations([0, *range(3, 28)], count):
         if all(b - a >= 3 for a, b in itertools.pairwise(knots)):
             columns = np.stack([t**0, *(np.clip(t - k, 0, None) for k in knots)], axis=1)
             left = y - columns @ np.linalg.lstsq(columns, y, rcond=None)[0]
@@ -1578,8 +1580,8 @@ def test_lines_and_their_number_are_those_of_all_regressions(seed):
     result = analyze.detect_phases(y, y, y)
     assert result["knots"] == np.argmin(scores)
     wider, (a, b, c) = y - noise, fits[3][1]  # of three knots the third, if the gap still widens
-    late = max(wider[c], wider[-1]) - wider[b] > 0.2 * abs(wider[b] - wider[a])
-    three = [a, c if late else b]
+    late = max(wider[c], wider[-1]) - wider[b] > abs(wider[b] - wider[a]) / 4
+    three = [a or b, c] if late else [a, b]
     assert result["boundaries"] == (three if scores[3] < scores[2] else list(fits[2][1]))
 
 
@@ -1588,11 +1590,12 @@ ALIKE, OPENS, STOPS, NOT = "alike_in_I", "opens_in_II", "stops_in_III", "not mea
 CASES = [
     ((0, 0, 6, 6), {}),
     ((0, 0, 6, 0), {}),
-    ((1, 1, 7, 7), {ALIKE: "not seen"}),  # a fifth of 6 is within 1 +- 0.25
+    ((1, 1, 5, 5), {ALIKE: "not seen"}),  # a quarter of 4 is within 1 +- 0.25
+    ((2, 2, 6, 6), {ALIKE: "reversed"}),
     ((-6, -6, 0, 0), {ALIKE: "reversed"}),
-    ((0, 0, 5, 7), {}),  # 2 +- 0.5 is below half of 5
+    ((0, 0, 5, 6), {}),  # 1 +- 0.25 is below half of 5
     ((0, 0, 4, 6), {STOPS: "not seen"}),
-    ((0, 0, 3, 9), {STOPS: "reversed"}),
+    ((0, 0, 4, 7), {STOPS: "reversed"}),
     ((0, 0, -6, -6), {OPENS: "reversed"}),
 ]
 
@@ -1614,6 +1617,13 @@ def test_claims_on_lines_without_noise(corners, failed):
         interval = pytest.approx([value - half, value + half], rel=1e-5, abs=1e-9)
         assert claims[name]["interval"] == interval
     assert result["found"] == ("alike to step 100" in result["reason"]) == (not failed)
+
+
+def test_a_gap_that_opens_at_once_has_no_first_phase():
+    shape = np.outer([0.9, 1, 1.1], np.interp(np.arange(60), [0, 20, 60], [0, 3, 3]))
+    result = analyze.detect_phases(shape, 0 * shape, 0 * shape)
+    assert not result["found"] and result["boundaries"] == [0, 20]
+    assert result["claims"][ALIKE]["verdict"] == NOT
 
 
 def test_what_is_missing_and_what_is_not_decided():

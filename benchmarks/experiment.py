@@ -13,6 +13,7 @@
     python benchmarks/experiment.py table          # what they say: a line a comparison and norm
     python benchmarks/experiment.py condition      # gap against overlap: table, OUT/condition.png
     python benchmarks/experiment.py contrast       # of `drawn`: what the gap depends on
+    python benchmarks/experiment.py carried        # of `pretrained`: gate, gaps, contrast
     python benchmarks/experiment.py exact          # no runs: policies whose gradient is known
 
 Runs lie in OUT/STUDY/VARIANT/; `python analyze.py runs/experiment/letters/default/*` reports on
@@ -30,6 +31,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -410,6 +412,46 @@ def contrast(out: Path) -> str:
     return analyze.markdown(rows)
 
 
+def in_window(runs: list[analyze.Run]) -> dict[str, list[float]]:
+    """Of one task's runs a value a seed: the cosine between letters without noise at steps 0, 10
+    and 20; gaps in points, up to the first step at which the pass rate, pooled over norms and
+    seeds, is 0.95, of all letters and by their difficulty; and the held-out gap at the end."""
+    log, prompts = pd.concat([x.log for x in runs]), pd.concat([x.prompts for x in runs])
+    pooled = log.groupby("step")["rate"].mean()
+    end = next((step for step, rate in pooled.items() if rate >= 0.95), pooled.index.max())
+    parts = {"all": [*prompts["level"].unique()]} | analyze.cut_levels(prompts)
+    found: dict[str, list[float]] = {"last step": [float(end)]}
+    cosines = defaultdict(list)
+    for run in runs:
+        moments = analyze.signals(run)["_between"].reindex([0, 10, 20])
+        cosines[run.config["seed"]].append(analyze.noise_free(moments)[0])
+    found["cosine between letters"] = [float(np.mean(values)) for values in cosines.values()]
+    for name, levels in parts.items():
+        chosen = prompts[prompts["level"].isin(levels) & (prompts["step"] <= end)]
+        rates = chosen.groupby(["seed", "norm"])["pass_rate"].mean().unstack()
+        found[f"gap, {name}"] = (100 * (rates["std"] - rates["none"])).tolist()
+    held = log.groupby(["seed", "norm"])["held_out"].last().unstack()
+    found["held out"] = (100 * (held["std"] - held["none"])).tolist()
+    return found
+
+
+def carried(out: Path) -> str:
+    """Of `pretrained`: a row a task, intervals over seeds; and by how much the gap of the hardest
+    letters is larger than the control's."""
+    rows: dict[str, dict[str, Any]] = {}
+    hardest = {}
+    for folder in sorted(path for path in (out / "pretrained").iterdir() if path.is_dir()):
+        found = in_window(whole_runs(folder))
+        rows[folder.name] = {
+            name.split(":")[0]: analyze.mean_interval(values) for name, values in found.items()
+        }
+        hardest[folder.name[-6:]] = next(found[name] for name in found if "hardest" in name)
+    if {"0-of-3", "3-of-3"} <= {*hardest}:
+        more = welch([hardest["0-of-3"], hardest["3-of-3"]], [1, -1])
+        rows["letters less control"] = {"gap, hardest": more}
+    return analyze.markdown(rows)
+
+
 def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
     """The expected gradient of a norm over that of the pass rate J, for groups of a size (0: no
     sampling). With std it is E[sd / (J (1 - J))] over the binomial number of right completions."""
@@ -464,7 +506,7 @@ def main() -> None:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
-    add("study", choices=[*plans, "table", "condition", "contrast", "exact"])
+    add("study", choices=[*plans, "table", "condition", "contrast", "carried", "exact"])
     add("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
     add("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     add("--model", help="of model and pretrained: directory or hub name")
@@ -475,6 +517,7 @@ def main() -> None:
     given = parser.parse_args()
     reports = {"table": lambda: table(given.out), "condition": lambda: condition(given.out)}
     reports |= {"exact": exact, "contrast": lambda: contrast(given.out)}
+    reports["carried"] = lambda: carried(given.out)
     if report := reports.get(given.study):
         print(report())
         return
