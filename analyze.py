@@ -564,8 +564,8 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     mine = log[log["norm"] == main]
     edges = [0, *phases["boundaries"], last + 1]
     labels = ["I", "II", "III"] if edges[2:] else ["all steps"]
-    phase = pd.cut(mine["step"], edges, right=False, labels=labels)
-    rows = {name: describe_phase(part) for name, part in mine.groupby(phase, observed=True)}
+    phase = np.array(labels)[np.searchsorted(phases["boundaries"], mine["step"], "right")]
+    rows = {name: describe_phase(part) for name, part in mine.groupby(phase)}
 
     # Without noise, by phase and kind of pairs.
     moments = [signals(run) for run in runs if run.config["norm"] == main]
