@@ -1,6 +1,6 @@
 """Does training show the paper's three phases, and do its reasons hold? Read from grpo.py's logs.
 
-    python analyze.py runs/*-std-* runs/*-none-*    # three seeds or more: phases, tables, theory
+    python analyze.py runs/*-std-* runs/*-none-*    # four seeds or more: phases, tables, theory
     python analyze.py runs/letters-std-0            # one run: its tables, and no verdict
 
 The report goes to the terminal and to analysis.md, its numbers go to analysis.json, and a picture
@@ -355,10 +355,8 @@ def signals(run: Run) -> pd.DataFrame:
     """
     rows = run.prompts.dropna(subset="grad_sq_signal").fillna({"level": ""})
     rows = rows.assign(n=1.0, s=rows["grad_sq_signal"], q=rows["grad_sq_signal"] ** 2)
-    of_levels, log = (
-        rows.groupby(["step", "level"])[["n", "s", "q"]].sum(),
-        run.log.set_index("step"),
-    )
+    of_levels = rows.groupby(["step", "level"])[["n", "s", "q"]].sum()
+    log = run.log.set_index("step")
 
     def of_pairs(sums: pd.DataFrame) -> pd.DataFrame:
         n, s, q = (sums[name] for name in "nsq")
@@ -678,7 +676,7 @@ Mean correlation within a step. Across halves no noise is shared, but it flatten
 about the root of the product of the reliabilities, which are the correlations of the halves.
 
 ### Signed curvature against V(1 − 2p) over prompts
-{markdown({"all steps": found["curvature"]})}
+{markdown({"all steps": found["curvature"]} if found["curvature"] else {})}
 
 {markdown(found["curvature_by_level"])}
 

@@ -871,9 +871,9 @@ MAX_SPAN = 300  # characters of an answer: a longer one is none, and slow to par
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 DIGITS += r"(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?"
 # A number with its currency, percent, unit, and the bold, dollars or backticks of a model's text.
-UNIT = r"(?!(?:pi|sqrt|[abeiknxyz])\b)[A-Za-z/ ]"  # but no variable
+UNIT = r"(?! *(?:pi|sqrt|[beiknxyz])\b)[A-Za-z/ ]+"  # but "5 x" and "2 pi" are no numbers
 NUMBER = re.compile(
-    rf"[\s*`$€£\\]*([-+]?)[\s$€£\\]*({DIGITS})[\s*`$€£\\%.]*(?:(?<=\s){UNIT}+[*`$.]*)?"
+    rf"[\s*`$€£\\]*([-+]?)[\s$€£\\]*({DIGITS})[\s*`$€£\\%.]*(?:(?<=\s){UNIT}[*`$.]*)?"
 )
 BRACED = r"(?:\\.|[^\\{}])*"  # what a pair of braces holds, with up to 8 pairs in each other
 for _ in range(8):

@@ -1202,9 +1202,11 @@ GRADES = r"""
 3 ✓ pages 1-3 ¦ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
 4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples
 50 ✓ #### 50% ¦ #### 50\%
-5 ✓ #### €5 ¦ #### 5 km/hour ¦ #### 5 m ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x
+5 ✓ #### €5 ¦ #### 5 a day ‖ 5 ✓ #### 5 km/hour ¦ #### 5 m
+5 ✓ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x
 1/2 ✓ #### .5 ‖ 0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12}
-2 ✗ \boxed{2\pi} ¦ #### 2 pi ¦ \boxed{2 x} ¦ \boxed{\sqrt{2}} ‖ 2\sqrt{2} ✓ \boxed{\sqrt{8}}
+2 ✗ \boxed{2\pi} ¦ #### 2 pi ¦ \boxed{2  pi} ¦ \boxed{2 x} ¦ \boxed{\sqrt{2}}
+2\sqrt{2} ✓ \boxed{\sqrt{8}}
 \text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob} ‖ 90 ✓ \boxed{90^\circ}
 \left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
 (-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864}
