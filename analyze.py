@@ -622,7 +622,7 @@ def describe(title: str, found: dict[str, Any]) -> str:
     split = "There is no split"
     if starts:
         split = f"Norm {found['norm']}: II from step {starts[0]}, III from {starts[1]} "
-        split += "(95% over resampled runs)"
+        split += "(95% over resampled runs)" * bool(phases["intervals"])
     claims = {}
     for name, claim in phases["claims"].items():
         effect = [claim["effect"], *(claim["interval"] or [math.nan] * 2)]
@@ -632,8 +632,8 @@ def describe(title: str, found: dict[str, Any]) -> str:
 
 **{phases["reason"]}.**
 
-{split}{"" if phases["found"] else ", and it is not supported" * bool(starts)}. Intervals are over
-{found["seeds"]} seeds of one task and one start model.
+{split.strip()}{"" if phases["found"] else ", and it is not supported" * bool(starts)}. Intervals are
+over the seeds ({found["seeds"]}) of one task and one start model.
 
 {markdown(claims)}
 
