@@ -632,8 +632,8 @@ def describe(title: str, found: dict[str, Any]) -> str:
 
 **{phases["reason"]}.**
 
-{split.strip()}{"" if phases["found"] else ", and it is not supported" * bool(starts)}. Intervals are
-over the seeds ({found["seeds"]}) of one task and one start model.
+{split.strip()}{"" if phases["found"] else ", and it is not supported" * bool(starts)}. Intervals
+are over the seeds ({found["seeds"]}) of one task and one start model.
 
 {markdown(claims)}
 
