@@ -48,6 +48,9 @@ HALVES = ["pass_rate_half", "reward_std_half", "fisher_half", "curvature"]
 # Compared runs may differ in these: settings that are compared, or that do not change training.
 FREE = {"norm", "seed", "lr", "out", "resume", "steps", "device", "micro_batch", "save_every"}
 FREE |= {"eval_every", "geometry_every", "probe_every"}
+# Okabe and Ito's, which everybody can tell apart.
+COLORS = {"std": "#D55E00", "none": "#0072B2", "var": "#E69F00", "batch": "#56B4E9"}
+COLORS |= {"hardest": "#CC79A7", "middle": "#009E73", "easiest": "#777777"}
 
 
 @dataclass
@@ -153,10 +156,10 @@ def mean_interval(values: Iterable[float]) -> list[float]:
     return [mean, mean - half, mean + half]
 
 
-def windows(table: pd.DataFrame) -> pd.DataFrame:
-    """Means of what is not NaN in min(60, n) windows of equal length, by their first index: [n,
-    runs] -> [60, runs]."""
-    window = np.arange(len(table)) * min(60, len(table)) // max(1, len(table))
+def windows(table: pd.DataFrame, count: int = 60) -> pd.DataFrame:
+    """Means of what is not NaN in min(count, n) windows of equal length, by their first index: [n,
+    runs] -> [count, runs]."""
+    window = np.arange(len(table)) * min(count, len(table)) // max(1, len(table))
     first = np.unique(window, return_index=True)[1]
     return table.groupby(window).mean().set_axis(table.index[first])
 
@@ -227,7 +230,8 @@ def detect_phases(
     where it lies outside, "not seen", "not measured". opens_in_II: what each run's line gains in II
     is above 0. alike_in_I: the mean gap in I is within a quarter of that. stops_in_III: what it
     gains a step in III is below half the rate of II. deviation_falls, orthogonality_falls: the
-    changes from I to III of reward_std, below 0, and cos_std, above. `found`: the first three hold.
+    changes from I to III of reward_std, below 0, and cos_std, above. `found`: the first three hold,
+    and at most a third of the resamplings open at the very start, without a phase I.
     """
     series = [reward_std, cos_std, [math.nan] if gap is None else gap]
     given = [np.atleast_2d(np.asarray(values, float)).T for values in series]
@@ -299,14 +303,16 @@ def detect_phases(
 
     if runs < 3:
         reason = "Undecided: no interval over seeds, run three seeds or more"
+    elif (bends[:, 0] == 0).mean() > 1 / 3:
+        reason = "No three phases: the gap may well open from the start"
     elif failed:
         reason = f"No three phases: of the claims on the gap not all hold: {', '.join(failed)}"
     else:
         result["found"], (opens, stops) = True, bounds[0]
-        reason = f"Three phases: alike to step {opens}, the gap opens to step {stops}"
-        reason += ", then at less than half that rate, if at all"
+        reason = f"Three phases: alike to step {opens}, then the gap opens to step {stops}, then "
+        reason += "at less than half that rate, if at all"
         if (verdict := claims["orthogonality_falls"]["verdict"]) != "holds":
-            reason += f"; the paper's reason, that orthogonality falls, is {verdict}"
+            reason += f". That gradients grow less orthogonal meanwhile, the paper's why: {verdict}"
     return result | {"reason": reason}
 
 
@@ -576,13 +582,14 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     levels, tenths, curves = compare_levels(prompts, main) if main in gaps else ({}, {}, {})
     fisher, curvature, of_levels, by_step = describe_halves(halves, last)
     cosines = wide.xs(main, axis=1, level="norm")[["cos_std", "cos_mean"]]
+    cosines = cosines.rename(columns={"cos_std": "their deviation", "cos_mean": "their mean"})
     lines = {
-        "pass rate (training prompts)": rates,
-        "gap in pass rate to none": gaps,
-        "gap by level of difficulty": pd.concat(curves or {"": gaps[[]]}, axis=1),
-        "mean σ within prompts": wide["reward_std"],
-        "cosines of prompt gradients": cosines,
-        "Fisher with reward variance, r": by_step,
+        "Pass rate on training prompts (%)": 100 * rates,
+        "Lead over none (percentage points)": 100 * gaps,
+        "Lead by difficulty (percentage points)": 100 * pd.concat(curves or {"": gaps[[]]}, axis=1),
+        "Deviation σ of a prompt's rewards, mean": wide["reward_std"],
+        f"Cosines of two prompts' gradients, {main}": cosines,
+        "Fisher information with reward variance, r": by_step,
     }
     numbers = {"norm": main, "seeds": len(seeds), "last_step": last, "phases": phases}
     numbers |= {"norms": table, "levels": levels, "tenths": tenths, "cosines": rows}
@@ -688,35 +695,29 @@ The slope is freed of noise, r is not. By level: the size of the mean curvature 
 
 
 def draw(path: Path, title: str, found: dict[str, Any], lines: dict[str, Any]) -> None:
-    """phases.png: series over steps, with 95% intervals, in Okabe and Ito's colours, which
-    everybody can tell apart."""
-    figure = Figure(figsize=(11, 6.4), layout="constrained")
-    axes, phases = [*figure.subplots(2, 3).flat], found["phases"]
-    colors, styles = ["#D55E00", "#0072B2", "#009E73", "#CC79A7"], ["-", "--", "-.", ":"]
-    for axis, (name, parts) in zip(axes, lines.items(), strict=True):
-        axis.set_prop_cycle(color=colors, linestyle=styles)
-        axis.set(title=name, xlabel="step", ymargin=0.1)
-        for label in parts.columns.unique(0):
-            rows = bands(windows(parts[label]).T.items())
+    """phases.png: series over steps, means of a twentieth of the run with 95% intervals over seeds.
+    A colour is one norm or one part of the levels, black is anything else."""
+    figure = Figure(figsize=(13, 7.6), layout="constrained")
+    axes, phases = figure.subplots(2, 3).ravel(), found["phases"]
+    for axis, (name, parts) in zip(axes, lines.items()):
+        axis.set(title=name, xlabel="training step", ymargin=0.1)
+        for label, style in zip(parts.columns.unique(0), ["-", "--", ":", "-."]):
+            rows = bands(windows(parts[label], 20).T.items())
             if len(rows):
-                (line,) = axis.plot(rows["mean"], label=label)
-                faint = dict(color=line.get_color(), alpha=0.2, linewidth=0)
-                axis.fill_between(rows.index, rows["low"], rows["high"], **faint)
+                color = COLORS.get(label.split(":")[0], "black")
+                axis.plot(rows["mean"], label=label, color=color, linestyle=style, linewidth=2)
+                axis.fill_between(rows.index, rows.low, rows.high, color=color, alpha=0.15, lw=0)
     if phases["line"]:
-        corners = np.transpose(phases["line"])
-        axes[1].plot(*corners, color="black", linestyle="-", label="fitted line")
-    axes[3].axhline(0.375, color="black", linestyle=":", label="C = 1")
+        corners = np.transpose(phases["line"]) * [[1], [100]]
+        axes[1].plot(*corners, color="black", linestyle=":", label="fitted line")
     edges = [0, *phases["boundaries"], found["last_step"]] if phases["found"] else []
-    spans = [*zip(("I", "II", "III"), edges, edges[1:])]
-    for axis, (name, a, b) in itertools.product(axes, spans):
-        axis.axvspan(a, b, color="grey", alpha=0.2 * (name == "II"), linewidth=0)
-        place = dict(transform=axis.get_xaxis_transform(), ha="center", va="top")
-        axis.text((a + b) / 2, 0.98, name, **place, family="serif")
     for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        axis.locator_params(axis="x", nbins=6)
-        axis.legend(handles, labels, title="" if handles else "not measured", fontsize=8)
-    figure.suptitle(textwrap.fill(title, 110).replace("$", r"\$"), fontsize=11)
+        for name, a, b in zip(("I", "II", "III"), edges, edges[1:]):
+            axis.axvspan(a, b, color="grey", alpha=0.2 * (name == "II"), linewidth=0)
+            top = axis.get_xaxis_transform()
+            axis.text((a + b) / 2, 0.98, name, transform=top, ha="center", va="top", family="serif")
+        axis.legend(handles=axis.lines, title="" if axis.lines else "not measured", framealpha=0.6)
+    figure.suptitle(textwrap.fill(title, 120).replace("$", r"\$"), fontsize=13)
     figure.savefig(path, dpi=120)
 
 
@@ -755,8 +756,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             groups[title][name] = found
             report += describe(name, found)
             pictures.append((f"{title}, {name}. {found['phases']['reason']}", found, lines))
-    for run in (run for run in runs if run.skipped):
-        report += f"\n{run.path}: {run.skipped} unreadable log lines skipped\n"
+    torn = [run for run in runs if run.skipped]
+    report += "".join(f"\n{x.path}: {x.skipped} unreadable log lines skipped\n" for x in torn)
     report += "".join(f"\nleft out: {problem}\n" for problem in problems)
 
     parents = os.path.commonpath([run.path.absolute() for run in runs])

@@ -1447,6 +1447,12 @@ def test_help_shows_every_setting_and_its_default(capsys):
         (comment,) = re.findall(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
         assert f"--{field.name.replace('_', '-')}" in shown
         assert f"{comment} (default: {field.default})" in shown
+    defaults = "arith (.*?), gsm8k (.*?), math (.*?) .* letters (.*?), arith (.*?), else (.*?),"
+    told = re.search(defaults, shown)
+    a, b, c, d = grpo.TASKS.values()
+    assert (a.max_new_tokens, c.lr) == (b.max_new_tokens, d.lr)
+    values = b.max_new_tokens, c.max_new_tokens, d.max_new_tokens, a.lr, b.lr, d.lr
+    assert told and tuple(map(float, told.groups())) == values
 
 
 def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_executed(tmp_path):
@@ -1549,8 +1555,9 @@ def test_phases_are_found_where_they_are_and_not_elsewhere():
 
 @slow
 @pytest.mark.parametrize("kind", [*TRUE, *FALSE, "walk"])
-def test_a_hundred_series_of_every_kind(kind):
-    found, close = detected(kind, 100)
+def test_series_of_every_kind(kind):
+    # "once" is found most often of those without phases, 3% of 400: a hundred are too few to say.
+    found, close = detected(kind, 200 if kind == "once" else 100)
     if kind in TRUE:
         assert found >= 0.85 and close >= 0.6
     else:
