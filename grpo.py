@@ -37,6 +37,7 @@ after `train` are its tools: answers, data, files, processes, the command line. 
 advantage_scale, gradient_geometry with pair_cosines, directional_curvature with square).
 """
 
+import argparse
 import inspect
 import json
 import math
@@ -84,27 +85,24 @@ class InputError(RunError):
 # ------------------- Settings: a field each; the command line is made from them -------------------
 
 
-TaskName = Literal["", "letters", "arith", "gsm8k", "math"]
-
-
 @dataclass
 class Config:
     """Settings of a run; --help shows the comments. Raises InputError for a value out of range."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
-    task: TaskName = ""  # problems and reward; empty: letters, or math with a --model or --data
-    model: str = ""  # a directory or hub name; empty: the task's
+    task: Literal["", "letters", "arith", "gsm8k", "math"] = ""  # empty: letters; own data: math
+    model: str = ""  # a directory or hub name; empty: the embedded one, or Qwen/Qwen2.5-Math-1.5B
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
-    data: str = ""  # a JSONL file, or PATH[:NAME]:SPLIT of a hub data set; empty: the task's
+    data: str = ""  # JSONL file, or PATH[:NAME]:SPLIT of the hub; empty: embedded, GSM8K or MATH
     eval_data: str = ""  # held-out problems, like --data; empty: the task's, or a part of --data
-    instruction: str = ""  # prompt text around {question}; empty: the task's
+    instruction: str = ""  # prompt text around {question}; empty: the task's, as in config.json
     chat: bool = True  # use the tokenizer's chat template if it has one
     prompts: int = 16  # P, prompts a step
     group: int = 16  # G, completions a prompt
-    max_new_tokens: int = 0  # longest completion; 0: the task's
+    max_new_tokens: int = 0  # longest completion; 0: letters, arith 6, gsm8k 512, math 1024
     temperature: float = 1.0  # of the distribution that is sampled and trained
     steps: int = 250  # batches sampled, each with --epochs updates
-    lr: float = 0.0  # learning rate, after 10 steps of warm-up; 0: the task's, tenfold with --lora
+    lr: float = 0.0  # after warm-up; 0: letters 2e-4, arith 3e-4, else 1e-6, tenfold with --lora
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is what the theory speaks of
     max_grad_norm: float = 10.0  # clip the gradient, whose size depends on norm, to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
@@ -240,8 +238,7 @@ def gradient_geometry(first, second, group, levels):
     size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict.
     signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all pairs of prompts x
     and y, those of one level and those of two: cos_signal, the mean of xy over that of (xx + yy)/2;
-    cos_sq_signal, of (xy)^2 over xx yy, by products of halves alone. Over steps
-    average numerators and denominators. NaN for what lacks a pair."""
+    cos_sq_signal, of (xy)^2 over xx yy (over steps average both). NaN for what lacks a pair."""
     n, m = (group + 1) // 2, group // 2
     AA, AB, BB = first @ first.T, first @ second.T, second @ second.T  # [P, P]
     gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2
@@ -478,7 +475,7 @@ def rollout(policy, prompts, uniforms, temperature):
         if len(running) < len(rows):
             rows, mask = rows[running], mask[running]
             cache.reorder_cache(running)
-        if t + 1 == T or len(rows) == 0:
+        if t + 1 == T or not len(rows):
             break
         mask = pad(mask, (0, 1), value=1)
         logits = extend(model, tokens[rows, t, None], mask, cache).logits[:, -1]
@@ -527,7 +524,7 @@ def evaluate(policy, problems, mine, size, reward, config):
             rewards += batch.rewards
         of_all.append(torch.cat(gather(rewards)))
     both = torch.stack(of_all)  # [greedy and sampled, problems]
-    names = ("eval_greedy", "eval_pass_rate", "eval_greedy_reward", "eval_reward")
+    names = "eval_greedy", "eval_pass_rate", "eval_greedy_reward", "eval_reward"
     columns = dict(zip(names, torch.cat([pass_rates(both), both.mean(dim=1)]).tolist()))
     samples = [
         {"question": x.question, "completion": text, "answer": x.answer, "reward": value}
@@ -644,8 +641,7 @@ def probe_curvature(policy, batch, rows, gradient, norm, config):
     """Curvature of a prompt's expected reward along the gradient of one half's rows, on the other
     half's samples. gradient: that one but for a factor; norm: its norm without. The samples have a
     leave-one-out baseline of their own: next to nothing of the direction's noise is in it. NaN for
-    a single sample, or for a half rewarded alike, as its gradient comes from the others' rewards.
-    """
+    a single sample, or a half rewarded alike, whose gradient comes from the others' rewards."""
     G, own = batch.lengths.shape[1], batch.rewards.flatten()[rows]
     p = rows[0] // G
     others = [row for row in range(p * G, p * G + G) if row not in rows]
@@ -735,6 +731,7 @@ def train(config, dataset=None, reward=None, stop=()):
             f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
 
+    launched = time.perf_counter()
     for step in range(start, config.steps + 1):
         number = max(gather(list(stop)), default=0)  # together: all have taken the same steps
         due = number or step == config.steps or step % config.save_every == 0
@@ -777,7 +774,7 @@ def train(config, dataset=None, reward=None, stop=()):
         # that one part's is held at a time. Without advantage there is none, unless there is KL.
         geometry, probe = (e > 0 and step % e == 0 for e in (geometry_every, probe_every))
         active = [row for row, A in enumerate(batch.advantages.flatten()) if A or reference]
-        optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
+        lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
         grad_norms, found = [], defaultdict(list)  # type: ignore[var-annotated]
         for epoch in range(config.epochs):
             for master in masters:
@@ -823,7 +820,7 @@ def train(config, dataset=None, reward=None, stop=()):
             "clipped": any(grad_norm > limit for grad_norm in grad_norms),
             "skipped": int(np.sum(~np.isfinite(grad_norms))),
             "logprob_gap": max(gather([float(gaps.max())])),
-            "lr": optimizer.param_groups[0]["lr"],
+            "lr": lr,
             "seconds_rollout": sampled - began,
             "seconds_update": updated - sampled,
             "tokens_per_second": lengths.sum() / (updated - began),
@@ -841,9 +838,11 @@ def train(config, dataset=None, reward=None, stop=()):
             append(out / LOGS[1], [dict(zip(per_prompt, row)) for row in zip(*per_prompt.values())])
             if evaluation or step % 10 == 0 or updated - began > 1:
                 held = f"  held out {evaluation['eval_reward']:.3f}" if evaluation else ""
+                pace = (updated - launched) / (step + 1 - start)
                 print(
                     f"step {step:>5}/{config.steps}  reward {line['reward']:.3f}  "
-                    f"σ {line['reward_std']:.3f}  cut off {line['truncated']:.0%}{held}",
+                    f"σ {line['reward_std']:.3f}  cut off {line['truncated']:.0%}  "
+                    f"{pace * (config.steps - step - 1) / 60:.1f} min left{held}",
                     flush=True,
                 )
         failed = failed + 1 if line["skipped"] == config.epochs else 0
@@ -858,7 +857,7 @@ def train(config, dataset=None, reward=None, stop=()):
         print(
             f"held out {evaluation['eval_reward']:.3f}, greedy "
             f"{evaluation['eval_greedy_reward']:.3f}; all in {out}\nnext: run with another --norm "
-            "(and --out, if given), then python analyze.py with both directories"
+            "(and --out, if given), then analyze.py with both directories"
         )
     if size > 1:
         dist.destroy_process_group()
@@ -980,8 +979,7 @@ def load_rows(source, graded, raw=None):
 
 
 def load_problems(config, dataset, reward):
-    """What load_rows returns, to train on and held out: of `dataset`, files, or the task. Raises
-    InputError."""
+    """To train on and held out, what load_rows returns or raises: of `dataset`, files, the task."""
     task, graded = TASKS[config.task], reward is grade
     train = load_rows("dataset" if dataset else config.data or task.train, graded, dataset)
     test = config.eval_data or ("" if dataset or config.data else task.test)
@@ -1038,7 +1036,7 @@ def check_model(policy, prompt, config):
 # ------------------------ Files of a run, processes, and the command line -------------------------
 
 CHECKPOINT = "checkpoint/state.safetensors"
-LOGS = ("metrics.jsonl", "prompts.jsonl", "samples.jsonl")
+LOGS = "metrics.jsonl", "prompts.jsonl", "samples.jsonl"
 MAY_CHANGE = {"steps", "eval_every", "save_every", "micro_batch", "device", "out", "resume"}
 
 
@@ -1173,10 +1171,10 @@ def main(arguments=None):
     transformers_logging.disable_progress_bar()
     about = str(__doc__).splitlines()[0]
     parser = HfArgumentParser(Config, prog="grpo.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
+    parser.usage = argparse.SUPPRESS  # so that an error is one line
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-    parser.error = lambda text: parser.exit(2, f"grpo.py: error: {text}\n")  # type: ignore
     received = []
 
     def note(number, _):
@@ -1191,7 +1189,7 @@ def main(arguments=None):
     except (RunError, OSError, SafetensorError) as error:
         status = getattr(error, "status", 1)
         said = f"grpo.py: {'error' if status == 2 else 'stopped'}: {error}"
-        print(*said.split(), file=sys.stderr, flush=True)  # one line of what may be several
+        print(*said.split(), file=sys.stderr)  # one line of what may be several
         return status
     return 0
 
