@@ -11,6 +11,7 @@
     python benchmarks/experiment.py drawn          # twenty tasks drawn anew, in four cells
     python benchmarks/experiment.py pretrained --model DIR  # letters in a language model
     python benchmarks/experiment.py table          # what they say: a line a comparison and norm
+    python benchmarks/experiment.py picture        # of `letters`, for the README: OUT/lead.png
     python benchmarks/experiment.py condition      # gap against overlap: table, OUT/condition.png
     python benchmarks/experiment.py contrast       # of `drawn`: what the gap depends on
     python benchmarks/experiment.py carried        # of `pretrained`: gate, gaps, contrast
@@ -53,7 +54,7 @@ RATES = {
     "sgd": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
 }
 CLIP = {"adamw": 10, "sgd": 0}  # plain SGD has no clipping: it would act on the norms unequally
-CHOOSING, COMPARING = (100, 101), (0, 1, 2, 3, 4)  # seeds
+CHOOSING, COMPARING, TEN = (100, 101), (0, 1, 2, 3, 4), range(10)  # seeds
 # Nothing is measured but pass rates.
 QUIET: dict[str, Any] = dict(geometry_every=0, probe_every=0, eval_every=0)
 # Of `drawn`: how many of three digits are one skill, and whether all letters start alike.
@@ -75,13 +76,15 @@ def paired(
 
 
 def letters(given: argparse.Namespace) -> Plan:
-    """Every norm at the task's learning rate."""
-    yield from paired("default", NORMS)
+    """None and std at the task's learning rate, and var for the first seeds."""
+    yield from paired("default", NORMS[:2], TEN)
+    yield from paired("default", NORMS[2:])
 
 
 def arith(given: argparse.Namespace) -> Plan:
     """The same where all prompts teach one skill."""
-    yield from paired("default", NORMS, task="arith")
+    yield from paired("default", NORMS[:2], TEN, task="arith")
+    yield from paired("default", NORMS[2:], task="arith")
 
 
 def rates(given: argparse.Namespace) -> Plan:
@@ -331,6 +334,46 @@ def table(out: Path) -> str:
     return f"{analyze.markdown(rows)}\n\n{analyze.markdown(rates)}"
 
 
+def picture(out: Path) -> str:
+    """OUT/lead.png: of `letters` the pass rates of std and none, and the lead of std by difficulty,
+    means of ten steps with 95% intervals over seeds."""
+    runs = [run for run in whole_runs(out / "letters/default") if run.config["norm"] in NORMS[:2]]
+    found, lines = analyze.compare(runs, None)
+    rates, lead, by_level, *_ = lines.values()
+    hardest, middle, easiest = (by_level[name] for name in by_level.columns.unique(0))
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, series, color, style, label, *place in (
+        (left, rates["std"], analyze.COLORS["std"], "-", "GRPO (÷ std)", 95, 86, "right"),
+        (left, rates["none"], analyze.COLORS["none"], "--", "REINFORCE (no ÷)", 105, 69, "left"),
+        (right, hardest, analyze.COLORS["hardest"], "-", "hard problems", 93, 15, "left"),
+        (right, middle, analyze.COLORS["middle"], "-", "middling problems", 80, -4.5, "left"),
+        (right, easiest, analyze.COLORS["easiest"], "-", "easy problems", 195, -1.6, "left"),
+        (right, lead["std"], "#000000", "-", "all problems", 130, 4.8, "left"),
+    ):
+        tens = series.groupby(series.index // 10 * 10 + 5).mean()
+        rows = analyze.bands(tens.T.items())
+        axis.plot(rows["mean"], color=color, linestyle=style, linewidth=3)
+        axis.fill_between(
+            rows.index, rows["low"], rows["high"], color=color, alpha=0.2, linewidth=0
+        )
+        x, y, side = place
+        axis.text(x, y, label, color=color, fontsize=17, ha=side)
+    right.axhline(0, color="black", linewidth=1)
+    edges = [0, *found["phases"]["boundaries"], found["last_step"]]
+    for a, b, name in zip(edges, edges[1:], ("alike", "opens", "closes")):
+        right.axvspan(a, b, color="grey", alpha=0.15 * (name == "opens"), linewidth=0)
+        above = dict(transform=right.get_xaxis_transform(), ha="center", va="top")
+        right.text((a + b) / 2, 0.98, name, fontsize=15, style="italic", **above)
+    left.set_title("Pass rate in training (%)", fontsize=18)
+    right.set_title("Lead of GRPO (percentage points)", fontsize=18)
+    for axis in (left, right):
+        axis.set_xlabel("training step", fontsize=15)
+        axis.tick_params(labelsize=14)
+    figure.savefig(out / "lead.png", dpi=100)
+    return f"{len(lead['std'].columns)} pairs of runs: {found['phases']['reason']}"
+
+
 def condition(out: Path) -> str:
     """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and
     `arith`; a picture. The largest gap is the mean of 30 steps on end, those where the mean over
@@ -484,10 +527,10 @@ def exact_steps(
     return steps
 
 
-def exact() -> str:
-    """Speed-up of std over none: median, least and largest of 8 starts. Each norm takes the steps
-    that the curvature bound allows it: eta / sigma, or 2 eta for all prompts, as sigma is at most
-    1/2."""
+def exact(out: Path) -> str:
+    """Speed-up of std over none for known gradients: median, least and largest of 8 starts. Each
+    norm takes the steps that the curvature bound allows it: eta / sigma, or 2 eta for all prompts,
+    as sigma is at most 1/2."""
     rows: dict[str, dict[str, Any]] = {}
     for spread in (0, 2, 4, 6):
         row = rows[f"logits spread over {spread}"] = {}
@@ -506,7 +549,9 @@ def main() -> None:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
-    add("study", choices=[*plans, "table", "condition", "contrast", "carried", "exact"])
+    reports: dict[str, Any] = {"table": table, "picture": picture, "condition": condition}
+    reports |= {"contrast": contrast, "carried": carried, "exact": exact}
+    add("study", choices=[*plans, *reports])
     add("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
     add("--jobs", type=int, default=2, help="runs at a time, which share the cores")
     add("--model", help="of model and pretrained: directory or hub name")
@@ -515,11 +560,8 @@ def main() -> None:
     add("--steps", type=int, default=150, help="of model")
     add("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
     given = parser.parse_args()
-    reports = {"table": lambda: table(given.out), "condition": lambda: condition(given.out)}
-    reports |= {"exact": exact, "contrast": lambda: contrast(given.out)}
-    reports["carried"] = lambda: carried(given.out)
     if report := reports.get(given.study):
-        print(report())
+        print(report(given.out))
         return
     if given.study == "model" and not (given.model and given.svamp and given.svamp.is_file()):
         parser.error("model needs --model and --svamp FILE.jsonl")
