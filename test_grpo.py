@@ -881,6 +881,14 @@ def test_what_a_run_leaves(whole):
     np.testing.assert_allclose(lines.curvature[::4], [np.nanmean(x) for x in found.reshape(3, 6)])
 
 
+def test_the_progress_line_says_how_long_is_left(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count(0, 20)  # a step asks for the time three times, so it takes a minute
+    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    run(tmp_path, **SETTINGS | UNMEASURED | BRIEF | dict(steps=4))
+    left = re.findall(r"([\d.]+) min left", capsys.readouterr().out)
+    assert left == ["3.0", "2.0", "1.0", "0.0"]
+
+
 def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch):
     """Prompts and the first rollouts; the probe changes no gradient, and sketched cosines are
     close."""
