@@ -8,9 +8,9 @@
     python grpo.py --model DIR --data FILE.jsonl
     torchrun --nproc_per_node 2 grpo.py     # the same run, its prompts shared out to two processes
 
-A step samples G completions for each of P prompts, rewards them, r [P, G], turns the rewards into
-advantages A = (r - group mean) * scale, and makes one ascent step along the policy gradient. The
-scale is what `--norm` chooses, and all that it changes:
+Each step samples G completions for each of P prompts, scores them with rewards r [P, G], turns the
+rewards into advantages A = (r - group mean) * scale, and takes one ascent step along the policy
+gradient. `--norm` chooses the scale, and changes nothing else:
 
     none   1                              REINFORCE with the group mean as baseline
     std    1 / (sigma + eps)              GRPO (Shao et al. 2024, arXiv 2402.03300)
@@ -24,16 +24,16 @@ scale is what `--norm` chooses, and all that it changes:
     mean      P*G * the sequence's length GRPO as published
     token     the batch's tokens          DAPO (arXiv 2503.14476)
 
-Where conventions differ: sigma is the population form (TRL, verl, OpenRLHF: sample form), eps 1e-6.
-There is no KL term unless `--kl` > 0. Where are the ratio and the clip? With one update a batch the
-ratio is 1: they act with `--epochs` > 1.
+Conventions differ: here sigma is the population standard deviation (TRL, verl and OpenRLHF use the
+sample one) and eps is 1e-6. There is no KL term unless `--kl` > 0. With one update per batch the
+importance ratio is 1, so the ratio and the clip only matter with `--epochs` > 1.
 
-On the way the script measures the quantities by which Ge et al. (arXiv 2601.23135) explain the
-division: each prompt's gradient, how orthogonal the prompts are, the curvature along the gradients.
+Along the way, the script measures what Ge et al. (arXiv 2601.23135) use to explain the division:
+each prompt's gradient, how orthogonal the prompts are, and the curvature along the gradients.
 
-Read it from top to bottom: mathematics, model, rollout, gradient, measurement, `train`. What comes
-after `train` are its tools: answers, data, files, processes, the command line. The functions under
-"Mathematics" need torch and their arguments alone, so copy them (group_advantages comes with
+Read it from top to bottom: mathematics, model, rollout, gradient, measurement, `train`. The helpers
+come after `train`: answers, data, files, processes, the command line. The functions under
+"Mathematics" need only torch and their arguments, so feel free to copy them (group_advantages with
 advantage_scale, gradient_geometry with pair_cosines, directional_curvature with square).
 """
 
@@ -71,7 +71,7 @@ from transformers.utils import logging as transformers_logging
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on: one line, exit status 1 or as given, the last checkpoint intact."""
+    """The run cannot go on: one-line error, exit status `status`, last checkpoint intact."""
 
     status = 1
 
@@ -99,24 +99,24 @@ class Config:
     chat: bool = True  # use the tokenizer's chat template if it has one
     prompts: int = 16  # P, prompts a step
     group: int = 16  # G, completions a prompt
-    max_new_tokens: int = 0  # longest completion; 0: letters, arith 6, gsm8k 512, math 1024
-    temperature: float = 1.0  # of the distribution that is sampled and trained
-    steps: int = 250  # batches sampled, each with --epochs updates
-    lr: float = 0.0  # after warm-up; 0: letters 2e-4, arith 3e-4, else 1e-6, tenfold with --lora
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is what the theory speaks of
-    max_grad_norm: float = 10.0  # clip the gradient, whose size depends on norm, to this; 0: never
+    max_new_tokens: int = 0  # limit per completion; 0: letters and arith 6, gsm8k 512, math 1024
+    temperature: float = 1.0  # softmax temperature, the same for sampling and training
+    steps: int = 250  # number of batches to sample; each gets --epochs updates
+    lr: float = 0.0  # after warm-up; 0: letters 2e-4, arith 3e-4, else 1e-6 (10x with --lora)
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
+    max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
     epochs: int = 1  # updates a batch; above 1 the importance ratio is clipped
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
-    micro_batch: int = 0  # tokens of a training pass, prompts' copies counted; 0: by vocabulary
+    micro_batch: int = 0  # max tokens per training pass, prompt copies included; 0: by vocabulary
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on CUDA
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
-    seed: int = 0  # of the prompts' order and of sampling
-    geometry_every: int = -1  # measure gradients; 0: never; -1: 1 up to a million weights, else 25
-    probe_every: int = -1  # measure curvature; 0: never; -1: 10 up to a million weights, else 25
-    eval_every: int = 50  # steps between evaluations on held-out problems; 0: start and end alone
-    eval_problems: int = 512  # held-out problems (of one --data file at most a third)
+    seed: int = 0  # random seed for the order of prompts and for sampling
+    geometry_every: int = -1  # measure gradients every N steps; 0: off; -1: 1 (25 over 1M weights)
+    probe_every: int = -1  # measure curvature every N steps; 0: off; -1: 10 (25 over 1M weights)
+    eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
+    eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
     save_every: int = 50  # steps between checkpoints
     out: str = ""  # run directory; empty: runs/TASK-NORM-SEED
     resume: bool = False  # continue the run in --out
@@ -131,8 +131,8 @@ class Config:
 def advantage_scale(rewards, norm, eps=1e-6):
     """What each prompt's centred rewards are multiplied by. rewards: [P, G] -> [P, 1].
     norm: "none" 1, "std" 1 / (sigma + eps), "var" 1 / (sigma^2 + eps), "batch" 1 / (deviation of
-    all + eps); population deviations (correction=0). 0 for a group of equal rewards under every
-    norm: there rounding alone would be divided by eps."""
+    all rewards + eps), with population standard deviations (correction=0). Under every norm it is 0
+    for a group of equal rewards, where otherwise rounding error alone could be divided by eps."""
     rewards = rewards * 1.0  # integers and booleans have no deviation
     std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
     divisor = {
@@ -154,8 +154,8 @@ def group_advantages(rewards, norm, eps=1e-6):
 
 
 def token_weights(lengths, agg):
-    """Weight of each token's term in the batch's loss, so that no split of the batch matters.
-    lengths: [P, G] tokens of each completion. agg: "sequence" 1/(P*G) (the policy gradient of whole
+    """Weight of each token's term in the batch's loss, the same however the batch is split.
+    lengths: [P, G], in tokens. agg: "sequence" 1/(P*G) (the policy gradient of whole
     completions), "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv
     2503.14476). Returns [P, G]."""
     count = {"sequence": lengths.numel(), "mean": lengths.numel() * lengths, "token": lengths.sum()}
@@ -164,19 +164,19 @@ def token_weights(lengths, agg):
 
 def policy_loss(logprobs, old_logprobs, advantages, weights, clip):
     """Clipped policy-gradient loss, -sum of weights * min(ratio * A, clip(ratio) * A) (PPO, arXiv
-    1707.06347, eq. 7). Log-probabilities in nats; all of one shape, or broadcast to it, an entry a
-    token. Where old_logprobs = logprobs.detach() the ratio is 1 and the gradient is REINFORCE's,
-    -sum of weights * A * grad logprobs."""
+    1707.06347, eq. 7). Log-probabilities are in nats. All tensors have, or broadcast to, one shape
+    with an entry per token. Where old_logprobs = logprobs.detach(), the ratio is 1 and the gradient
+    is REINFORCE's, -sum of weights * A * grad logprobs."""
     ratio = (logprobs - old_logprobs).exp()
     bounded = ratio.clamp(1 - clip, 1 + clip)
     return -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
 
 
 def k3_divergence(logprobs, old_logprobs, reference_logprobs):
-    """Estimate per token, in nats, of KL(policy || reference): ratio * (exp(d) - d - 1) >= 0 with
-    d = reference - policy. Equal shapes. k3 (Schulman, "Approximating KL Divergence", 2020) times
-    the ratio policy / old, neither detached nor clipped: without it the gradient would be that of
-    KL(reference || policy) (arXiv 2505.17508)."""
+    """Per-token estimate, in nats, of KL(policy || reference): ratio * (exp(d) - d - 1) >= 0, with
+    d = log reference - log policy. All shapes are equal. This is k3 (Schulman, "Approximating KL
+    Divergence", 2020) times the ratio policy / old, neither detached nor clipped: without the ratio
+    its gradient would be that of KL(reference || policy) (arXiv 2505.17508)."""
     difference = reference_logprobs - logprobs
     return (logprobs - old_logprobs).exp() * (torch.expm1(difference) - difference)
 
@@ -190,10 +190,10 @@ def token_logprobs(logits, tokens, temperature):
 
 
 def sample_tokens(logits, uniforms, temperature):
-    """Draw one token a row from softmax(logits / temperature): no top-k, no top-p, no penalty.
-    logits: [N, V]; uniforms: [N] in [0, 1), a token each; temperature 0 takes the most likely
-    token. Returns tokens, their log-probabilities and the distributions' entropies, [N] each, in
-    nats (at temperature 0 those of 1)."""
+    """Draw one token per row from softmax(logits / temperature): no top-k, no top-p, no penalty.
+    logits: [N, V]; uniforms: [N] in [0, 1), one per token; temperature 0 takes the most likely
+    token. Returns the tokens, their log-probabilities and the distributions' entropies, [N] each,
+    in nats (at temperature 0, those of temperature 1)."""
     logprobs = (logits.float() / (temperature or 1.0)).log_softmax(dim=1)  # [N, V]
     probs = logprobs.exp()
     cumulative = probs.cumsum(dim=1)
@@ -208,9 +208,9 @@ def sample_tokens(logits, uniforms, temperature):
 def count_sketch(tensors, signs, size):
     """Random projection [size] of the tensors, taken as one vector, that preserves inner products:
     entry i, times a random sign, is added to sum i modulo `size` (Charikar, Chen, Farach-Colton
-    2002). signs: int8 [D], +1 or -1 alike, the same ones for all vectors to be compared. Of two
-    vectors' sketches the inner product is unbiased, its deviation about |a| |b| / sqrt(size); with
-    a prime size also where the large entries lie in columns of a matrix."""
+    2002). signs: int8 [D], +1 or -1 equally likely, the same for all vectors to be compared. Two
+    sketches' inner product is an unbiased estimate of the vectors', with deviation about
+    |a| |b| / sqrt(size); with a prime size, even if large entries lie in columns of a matrix."""
     sums, start = torch.zeros(size, device=signs.device), 0
     for part in (x.flatten() for x in tensors):
         signed = part * signs[start : start + len(part)]
@@ -230,15 +230,15 @@ def pair_cosines(gram):
 
 
 def gradient_geometry(first, second, group, levels):
-    """How the gradients of P prompts lie to each other, as sampled and without the sampling noise.
-    first, second: [P, D] gradients of the two halves of a prompt's `group` completions, means over
-    the half, (group + 1) // 2 and group // 2, of leave-one-out advantages times grad log pi; zeros
-    where all rewards are equal. levels: [P] of any kind. Returns values, and two columns [P].
-    Of pairs of gradients as sampled: the cosine's mean, deviation, shares above 0 and below 0.1 in
-    size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict.
-    signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all pairs of prompts x
-    and y, those of one level and those of two: cos_signal, the mean of xy over that of (xx + yy)/2;
-    cos_sq_signal, of (xy)^2 over xx yy (over steps average both). NaN for what lacks a pair."""
+    """How P prompts' gradients relate to each other, as sampled and with sampling noise removed.
+    first, second: [P, D] gradients from the two halves, (group + 1) // 2 and group // 2, of each
+    prompt's completions: the half's mean of leave-one-out advantage * grad log pi, zero if all G
+    rewards are equal. levels: [P] of any kind. Returns values, and two columns [P]. As sampled,
+    over pairs of nonzero gradients: the cosine's mean, deviation, and shares above 0 and below 0.1
+    in size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict.
+    signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all, same-level, and
+    cross-level pairs x, y: cos_signal = mean xy / mean (xx + yy)/2, and cos_sq_signal = mean (xy)^2
+    / mean xx yy; over several steps, average each mean before dividing. NaN if there is no pair."""
     n, m = (group + 1) // 2, group // 2
     AA, AB, BB = first @ first.T, first @ second.T, second @ second.T  # [P, P]
     gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2
@@ -272,14 +272,14 @@ def square(tensors):
 
 
 def directional_curvature(sequence_logprobs, parameters, direction, advantages, slope):
-    """Curvature v'Hv, in reward / parameter^2, of the sequence-level surrogate mean(A * pi_new(y) /
-    pi(y)) along v = direction / |direction|, by forward passes alone: at the sampling policy the
-    sample Hessian of the expected reward, which a token-level ratio's is not.
-    sequence_logprobs: from parameters (a dict of float32 tensors) to the log-probabilities [n] of n
-    sampled sequences, in nats. direction: of the same names. advantages: [n]. slope: a guess of how
-    fast the log-probabilities change along v. The second difference is over a step that changes
-    them by 0.03 to 0.1 (root mean square, within a factor of 2). NaN where no such step is found,
-    or rounding would blur the result; 0 if all advantages are."""
+    """Curvature v'Hv, in reward / parameter^2, along v = direction / |direction|, of the surrogate
+    mean(A * pi_new(y) / pi(y)) over whole sequences y, using forward passes alone. At the sampling
+    policy H is the sample Hessian of the expected reward; a token-level ratio would not give that.
+    sequence_logprobs: maps parameters (a dict of float32 tensors) to the log-probabilities [n] of n
+    sampled sequences, in nats. direction: a dict with the same names. advantages: [n]. slope: a
+    guess at how fast the log-probabilities change along v. The second difference uses a step that
+    changes them by 0.03 to 0.1 (root mean square, within a factor of 2). NaN if no such step is
+    found, or if rounding would blur the result; 0 if all advantages are 0."""
     length = square(direction.values()) ** 0.5
     if not 0 < length < torch.inf:
         return torch.nan
@@ -321,9 +321,9 @@ class Policy:
     tokenizer: Any
     eos_ids: list[int]  # any of them ends a completion
     trained: dict[str, Any]  # the model's parameters that are trained, by name
-    masters: dict[str, Tensor]  # the same in float32, sharing the parameters' memory if they are
-    limits: tuple[int, int]  # of a micro-batch: tokens, completion tokens
-    guard: Callable = nullcontext  # a context that a model needs which writes in place
+    masters: dict[str, Tensor]  # the same in float32, sharing memory with any that already are
+    limits: tuple[int, int]  # max tokens and max completion tokens of a micro-batch
+    guard: Callable = nullcontext  # context needed by a model that overwrites tensors in place
 
     def publish(self):
         """Copy the masters into the working weights: rollout and training see one policy."""
@@ -365,9 +365,9 @@ def load_policy(config):
 
 
 def end_of_turn(tokenizer):
-    """The token that ends an assistant's turn, which is not every model's end token: by the chat
-    template, the special one right after an answer. Empty if there is no template, or it renders no
-    answer, or ends it in plain text."""
+    """The token that ends an assistant's turn, which is not the end token in every model: it is the
+    special token that the chat template puts right after an answer. Returns a set, empty if there
+    is no template, or if the template drops the answer or ends it in plain text."""
     dialog = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
     try:
         text = tokenizer.apply_chat_template(dialog, tokenize=False)
@@ -382,7 +382,7 @@ def with_weights(model, weights):
     return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
 
 
-# What models call their cache: the one of these two names that GPT-2 takes.
+# The name of a model's cache argument: whichever of these two GPT-2's forward accepts.
 CACHE = max({"cache", "past_key_values"} & {*inspect.signature(GPT2LMHeadModel.forward).parameters})
 
 
@@ -395,10 +395,10 @@ def extend(forward, tokens, mask, cache, **options):
 
 
 def encode_prompts(policy, prompts, copies, forward, hidden=False):
-    """Run prompts (token lists) once, and repeat what they leave behind over their completions.
-    copies: [n] which prompt a completion continues. Returns, for `extend`, mask [n, width] and
-    cache, the logits [n, V] of the first tokens, and the mean over each prompt's tokens of the last
-    hidden states [prompts, D], where they are asked for and there are any."""
+    """Run each prompt (a token list) once, then repeat its cache and logits for each completion.
+    copies: [n], the prompt that each completion continues. Returns the mask [n, width] and cache
+    for `extend`, the logits [n, V] of the first tokens, and the last hidden states [prompts, D],
+    averaged over each prompt's tokens, or NaN if they are not asked for or not available."""
     device, tokens = policy.model.device, [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(tokens, True, -1, padding_side="left").to(device)  # [prompts, width]
     mask, ids = (ids >= 0).long(), ids.clamp(min=0)
@@ -420,7 +420,7 @@ ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
 
 
 def prompt_rows(step, config, problems):
-    """The step's P rows of the problems: in a seeded order, a new one each time all are used."""
+    """The P problems (row numbers) for this step, in a seeded order, reshuffled after each pass."""
 
     def row(slot):
         stream = np.random.default_rng((config.seed, ORDER, slot // problems))
@@ -510,9 +510,9 @@ def pass_rates(rewards):
 
 
 def evaluate(policy, problems, mine, size, reward, config):
-    """A sampled and a greedy completion of every problem: log columns, and samples of the first 4.
-    The random numbers are always the same, so that what differs between two evaluations is the
-    policy. mine: the share of this process, one of `size`; batches are as large as in training."""
+    """Complete every problem twice, greedily and by sampling. Returns log columns, and samples for
+    the first 4. The random numbers are always the same, so evaluations differ only in the policy.
+    mine: this process's share, out of `size` processes; batches are as large as in training."""
     most, of_all = max(1, config.prompts * config.group // size), []
     for temperature in (0.0, config.temperature):
         rewards, texts = [], []
@@ -537,9 +537,9 @@ def evaluate(policy, problems, mine, size, reward, config):
 
 
 def split_rows(batch, rows, limits):
-    """Rows of the batch in micro-batches of at most limits[0] tokens, padding and each completion's
-    copy of its prompt counted, and limits[1] tokens of completions; or of one completion. Prompts
-    come in order of their longest completion, and a prompt's completions one after the other."""
+    """Split rows of the batch into micro-batches of at most limits[0] tokens, counting padding and
+    each completion's copy of its prompt, and at most limits[1] completion tokens; a lone completion
+    may exceed both. Prompts with the longest completions come first, one prompt at a time."""
     G, lengths = batch.lengths.shape[1], batch.lengths.flatten().tolist()
     longest, width, length = batch.lengths.amax(dim=1).tolist(), 0, 0
     parts: list[list[int]] = []
@@ -555,9 +555,9 @@ def split_rows(batch, rows, limits):
 
 
 def completion_logprobs(policy, batch, rows, config, forward=None):
-    """Log-probabilities [n, T] in nats of the rows' tokens, T the longest one's; 0 beyond its end.
-    forward: the model at other weights, if others are wanted. Every prompt is encoded once.
-    Completions are padded on the right, which no token of them sees."""
+    """Log-probabilities [n, T] in nats of the rows' tokens; T is the longest row's length, and
+    entries past a row's end are 0. forward: the model with other weights, if needed. Every prompt
+    is encoded once. Completions are padded on the right, where none of their tokens sees it."""
     forward, G, device = forward or policy.model, batch.lengths.shape[1], policy.model.device
     lengths = batch.lengths.flatten()[rows]
     tokens = batch.tokens.flatten(0, 1)[rows, : lengths.max()].to(device)  # [n, T]
@@ -598,7 +598,7 @@ def loss_gradient(policy, batch, rows, config, reference=None):
 
 
 def make_optimizer(masters, config):
-    """Plain SGD, or AdamW without weight decay: the start policy is not to be forgotten."""
+    """Plain SGD, or AdamW without weight decay, which would erode what the start policy knows."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(masters, lr=config.lr)
     return torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
@@ -606,15 +606,15 @@ def make_optimizer(masters, config):
 
 # ------------- Measurement: the two halves of a group are two looks at its prompt -----------------
 
-SMALL = 1_000_000  # trained parameters up to which gradients are kept whole and measured often
-SKETCH = 65_537  # numbers kept of larger ones, a prime
+SMALL = 1_000_000  # up to this many trained parameters, gradients are kept whole, measured often
+SKETCH = 65_537  # size of the sketch kept of a larger gradient; a prime
 
 
 def measure_half(policy, batch, rows, gradient, signs, config, probe, found):
-    """Append to the lists in `found`, by name, the measurements of one half of a prompt's group.
-    gradient: its part of the update's. The half's own gradient is that of the expected reward:
-    uphill, the mean over the half of leave-one-out advantages * grad log pi. signs: of
-    count_sketch, or None: vectors stay whole."""
+    """Append the measurements of one half of a prompt's group to the lists in `found`, by name.
+    gradient: this half's part of the update's gradient. It is rescaled to the half's own estimate
+    of the gradient of the expected reward (uphill): the mean over the half of leave-one-out
+    advantage * grad log pi. signs: for count_sketch, or None to keep vectors whole."""
     G, n, rewards = batch.lengths.shape[1], len(rows), batch.rewards.flatten()[rows]
     p = rows[0] // G
     scaled = float(batch.scale[p] * batch.weights[p, 0])  # 0 if all rewards are equal
@@ -638,10 +638,10 @@ def measure_half(policy, batch, rows, gradient, signs, config, probe, found):
 
 
 def probe_curvature(policy, batch, rows, gradient, norm, config):
-    """Curvature of a prompt's expected reward along the gradient of one half's rows, on the other
-    half's samples. gradient: that one but for a factor; norm: its norm without. The samples have a
-    leave-one-out baseline of their own: next to nothing of the direction's noise is in it. NaN for
-    a single sample, or a half rewarded alike, whose gradient comes from the others' rewards."""
+    """Curvature of a prompt's expected reward along the gradient of one half (`rows`), from the
+    other half's samples, whose own leave-one-out baseline keeps out nearly all of that gradient's
+    noise. gradient: that gradient times a factor; norm: its norm without the factor. NaN for a
+    single such sample, or if `rows` all earn the same: their gradient is then due to the others."""
     G, own = batch.lengths.shape[1], batch.rewards.flatten()[rows]
     p = rows[0] // G
     others = [row for row in range(p * G, p * G + G) if row not in rows]
@@ -668,8 +668,8 @@ def probe_curvature(policy, batch, rows, gradient, norm, config):
 
 
 def describe_measured(found, features, levels, G, geometry):
-    """The measurements' part of the step's log line, and of its prompts' lines by column.
-    found: what measure_half left, two entries a prompt; features [P][D] and levels [P] of all."""
+    """What the measurements add to the step's log line, and as columns to the lines of its prompts.
+    found: from measure_half, 2 entries per prompt. features [P][D], levels [P]: of all prompts."""
     vectors, line = torch.stack(found.pop("vector")).double(), {}  # [2P, D]
     columns = {name: [*zip(values[::2], values[1::2])] for name, values in found.items()}
     if found:
@@ -687,11 +687,11 @@ def describe_measured(found, features, levels, G, geometry):
 
 
 def train(config, dataset=None, reward=None, stop=()):
-    """Run a training from start policy to saved model; everything it leaves lies in config.out.
-    dataset: problems with columns question and answer instead of the task's own; reward(completion,
-    answer) -> float instead of the task's; stop: once a signal's number is in it, the run ends
-    between two steps. Returns the last evaluation. Raises InputError before a run is begun or
-    changed, RunError where it cannot go on or was stopped."""
+    """Train from the start policy to a saved model; everything is written to config.out.
+    dataset: problems to use instead of the task's, with columns question and answer.
+    reward(completion, answer) -> float: used instead of the task's. stop: once it contains a signal
+    number, the run ends between two steps. Returns the last evaluation. Raises InputError before a
+    run is begun or changed, RunError if the run cannot go on or was stopped."""
     out, P, G = Path(config.out), config.prompts, config.group
     if not config.resume and ((out / CHECKPOINT).exists() or (out / LOGS[0]).exists()):
         raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR")
@@ -770,8 +770,8 @@ def train(config, dataset=None, reward=None, stop=()):
         scale = advantage_scale(rewards, config.norm)[:, 0]  # [P], to be measured and logged
         batch.advantages, batch.weights, batch.scale = advantages[mine], weights[mine], scale[mine]
 
-        # Gradient: summed over micro-batches or, where they are measured, halves of the groups, so
-        # that one part's is held at a time. Without advantage there is none, unless there is KL.
+        # Gradient: summed over micro-batches or, when measuring, over half groups; only one part's
+        # gradient is held at a time. Rows with zero advantage have none, unless there is a KL term.
         geometry, probe = (e > 0 and step % e == 0 for e in (geometry_every, probe_every))
         active = [row for row, A in enumerate(batch.advantages.flatten()) if A or reference]
         lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
@@ -795,7 +795,7 @@ def train(config, dataset=None, reward=None, stop=()):
             for master in masters:
                 collective(dist.all_reduce, master.grad)
             grad_norm = float(clip_grad_norm_(masters, limit))
-            # A policy that is NaN may earn nothing, and so have a gradient of 0.
+            # If the policy is NaN, every reward may be 0, making the gradient 0 rather than NaN.
             grad_norms.append(grad_norm if entropy.isfinite().all() else math.nan)
             if math.isfinite(grad_norms[-1]):
                 optimizer.step()
@@ -866,7 +866,7 @@ def train(config, dataset=None, reward=None, stop=()):
 
 # ------------------------------ Tasks, and rewards that check them --------------------------------
 
-MAX_SPAN = 300  # characters of an answer: a longer one is none, and slow to parse
+MAX_SPAN = 300  # characters; anything longer is not taken for an answer, and is slow to parse
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 DIGITS += r"(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?"
 # A number with its currency, percent, unit, and the bold, dollars or backticks of a model's text.
@@ -880,7 +880,7 @@ for _ in range(8):
 MARKED = re.compile(rf"####\s*(.*)|\\(?:boxed|fbox)\s*(?:\{{({BRACED})\}}|([^\s${{]*[^\s${{.,]))")
 # The last number of a text: "1-3" ends in 3, not in -3.
 UNMARKED = re.compile(rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?")
-# Valid LaTeX that never finishes, or memory that the parser never gives back: no answer has it.
+# Valid LaTeX on which the parser never finishes or never frees its memory; no answer contains it.
 BOMB = re.compile(
     r"(?<!\\)!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}"
 )
@@ -897,12 +897,12 @@ def marked_answer(text):
 
 
 def grade(completion, answer):
-    r"""1.0 if the completion's answer equals the gold answer, else 0.0; never an exception.
-    The completion's answer is the last one marked by \boxed{} or ####; without a mark, its last
-    number: there "3/4" is a fraction, "1.5e3" is 1500, and a minus counts where it touches the
-    number. Numbers are compared by value, the rest as LaTeX by math-verify, whose time limit, a
-    second to read and one to compare, is a signal, which only the main thread gets: elsewhere there
-    is no limit."""
+    r"""1.0 if the completion's answer equals the gold answer, else 0.0; never raises an exception.
+    The completion's answer is the last one marked by \boxed{} or ####, or if there is no mark, its
+    last number; there, "3/4" is a fraction, "1.5e3" is 1500, and a minus counts if it touches the
+    number. Numbers are compared by value, everything else as LaTeX by math-verify. Its time limit,
+    a second to parse and one to compare, relies on a signal that only the main thread receives; in
+    other threads there is no limit."""
     completion, answer = (text.replace("−", "-").strip() for text in (completion, answer))
     given = marked_answer(completion)
     if given is None:
@@ -953,9 +953,9 @@ OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.
 
 
 def load_rows(source, graded, raw=None):
-    """Question, final answer and level (None without) of every row of a JSONL file, of a hub data
-    set PATH[:NAME]:SPLIT, or of `raw`, thus named. Raises InputError for what cannot be loaded, or
-    for a row (from 1) without a question and an answer to grade."""
+    """Question, final answer and level (None if missing) of every row of a JSONL file, of a hub
+    data set PATH[:NAME]:SPLIT, or of `raw`, with `source` as its name. Raises InputError if
+    it cannot be loaded, or if a row (counted from 1) lacks a question or an answer to grade."""
     try:
         if raw is None:
             path, *hub = [source] if Path(source).is_file() else source.split(":")
@@ -979,7 +979,7 @@ def load_rows(source, graded, raw=None):
 
 
 def load_problems(config, dataset, reward):
-    """To train on and held out, what load_rows returns or raises: of `dataset`, files, the task."""
+    """Training and held-out rows (see load_rows) of dataset, files or task. Raises InputError."""
     task, graded = TASKS[config.task], reward is grade
     train = load_rows("dataset" if dataset else config.data or task.train, graded, dataset)
     test = config.eval_data or ("" if dataset or config.data else task.test)
@@ -1009,8 +1009,8 @@ def encode_problems(rows, policy, config):
 
 
 def check_model(policy, prompt, config):
-    """Raises InputError for a model that rollout and training cannot use, or on which they differ.
-    Finds out whether it writes in place what autograd needs: then the guard keeps copies."""
+    """Raises InputError if rollout or training fails with this model, or if the two disagree.
+    If the model overwrites tensors that autograd needs, sets a guard that keeps copies of them."""
     kind = policy.model.config.model_type
     refusal = f"model {config.model or config.task} ({kind}) cannot be used"
     limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
@@ -1073,7 +1073,7 @@ def save_checkpoint(config, policy, optimizer, step):
 
 def load_checkpoint(config, policy, optimizer, rank):
     """Restore weights, optimizer and logs as they were; returns the next step. Raises InputError,
-    with nothing changed on disk, for a torn file, another model or settings, and lost log lines."""
+    changing nothing on disk, for a damaged file, other settings or model, or missing log lines."""
     out = Path(config.out)
     path = out / CHECKPOINT
     try:
@@ -1104,7 +1104,7 @@ def load_checkpoint(config, policy, optimizer, rank):
 
 
 def join_processes(config):
-    """Number of this process, and of all that torchrun started for the run; (0, 1) without it.
+    """This process's rank, and how many processes torchrun started; (0, 1) without torchrun.
     Raises InputError."""
     size, cuda = int(os.environ.get("WORLD_SIZE", 1)), "cuda" in config.device
     if size > config.prompts:
@@ -1118,8 +1118,8 @@ def join_processes(config):
 
 
 def collective(operation, *arguments):
-    """What all processes do together; nothing if there is but one. Raises RunError where another
-    one has stopped."""
+    """Run an operation that all processes take part in, or nothing if there is only one process.
+    Raises RunError if another process has stopped."""
     try:
         if dist.is_initialized():
             operation(*arguments)
