@@ -9,9 +9,9 @@ holds them), or in --out.
 
 The paper (Ge et al., arXiv 2601.23135) compares advantages that are divided by the standard
 deviation (std) with those that are not (none), and sees three phases in the gap between their pass
-rates: in I there is none, in II it opens, in III it no longer widens. Its reasons: first the
-rewards' deviation leaves its maximum, then the prompts' gradients lose their orthogonality. "Not
-found" is a result.
+rates: in I there is none, in II it opens, in III it no longer widens. The paper's reasons: first
+the rewards' deviation leaves its maximum, then the prompts' gradients lose their orthogonality.
+Not finding the phases is a result, too.
 """
 
 import argparse
@@ -61,13 +61,13 @@ class Run:
     config: dict[str, Any]
     skipped: int  # lines that could not be read
     end: int  # the last step of training
-    # A row a step: METRICS, C = (8/3) sigma, rate and held_out (mean rewards, so of rewards 0 and 1
-    # pass rates).
+    # One row per step: METRICS, C = (8/3) sigma, rate and held_out (mean rewards, so pass rates if
+    # rewards are 0 or 1).
     log: pd.DataFrame
-    # A row a prompt and step: PROMPTS, level (a text, or None).
+    # One row per prompt and step: PROMPTS, level (a text, or None).
     prompts: pd.DataFrame
-    # A row a half of a group: step, level, HALVES, the unbiased variance and third central moment
-    # of its rewards; with `_other` those of the other half, and its fisher_half.
+    # One row per half of a group: step, level, HALVES, its rewards' unbiased variance and third
+    # central moment; with `_other`, the other half's variance, third moment and fisher_half.
     halves: pd.DataFrame
 
 
@@ -183,9 +183,9 @@ def correlations(rows: pd.DataFrame) -> pd.Series:
 
 @functools.lru_cache(maxsize=8)
 def broken_lines(x: tuple[float, ...], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """All continuous lines with `count` knots at positions x [n], level up to the first, which may
-    be the very start: their knots [lines, count], indices of x, and orthonormal bases [lines, n,
-    1 + count] of the functions that bend there."""
+    """All continuous broken lines over positions x [n] with `count` knots, level up to the first
+    knot, which may be the very start. Returns their knots [lines, count], as indices of x, and
+    orthonormal bases [lines, n, 1 + count] of the functions that bend at those knots."""
     n, tenth = len(x), math.ceil(len(x) / 10)
     sets = itertools.combinations([0, *range(tenth, n - tenth + 1)], count)
     apart = [s for s in sets if all(b - a >= m for a, b, m in zip(s, s[1:], (tenth, 3)))]
@@ -214,24 +214,24 @@ def detect_phases(
     """Whether the gap between two norms has the three phases of arXiv 2601.23135: there is none, it
     opens, it no longer widens.
 
-    gap: pass rate less that without normalization, [runs, n], a row for each pair of runs with one
-    seed ([n]: one pair; None: no run is without). reward_std: mean standard deviation within
-    prompts; cos_std: standard deviation of the cosines of prompt gradients; both of the normalized
-    runs, shaped like gap. NaN: not measured. steps: [n], rising, by default 0, 1, 2, ... Raises
-    ValueError for unequal shapes.
+    gap: pass rate with normalization minus that without, [runs, n], one row per pair of runs with
+    the same seed ([n]: one pair; None: no run without normalization). reward_std: mean standard
+    deviation within prompts; cos_std: standard deviation of the cosines of prompt gradients; both
+    for the normalized runs, shaped like gap. NaN: not measured. steps: [n], increasing, by default
+    0, 1, 2, ... Raises ValueError for unequal shapes.
 
-    BIC chooses the number of `knots`, 0 to 3, of a continuous broken line, level up to the first,
-    through the runs' mean in 60 windows. `boundaries`: where II and III begin ([]: no gap, or too
-    few windows), the first two knots of the better of the lines with 2 and 3; but the third, and
-    the first after the start, where the line gains another quarter after the second: pairs that
-    take off late open the gap further. `intervals`: theirs over resampled runs. `line`: its
-    corners. `claims`: by name the effect, its 95% interval over runs (Student's t; []: fewer than
-    three), and the verdict: "holds" where the interval lies within the claim's limits, "reversed"
-    where it lies outside, "not seen", "not measured". opens_in_II: what each run's line gains in II
-    is above 0. alike_in_I: the mean gap in I is within a quarter of that. stops_in_III: what it
-    gains a step in III is below half the rate of II. deviation_falls, orthogonality_falls: the
-    changes from I to III of reward_std, below 0, and cos_std, above. `found`: the first three hold,
-    and at most a third of the resamplings open at the very start, without a phase I.
+    BIC chooses the number of `knots`, 0 to 3, of a continuous broken line, level up to its first
+    knot, through the runs' mean in 60 windows. `boundaries`: where II and III begin ([]: no gap, or
+    too few windows), the first two knots of the 2- or 3-knot line, whichever is better. But if the
+    3-knot line gains another quarter after its second knot (late pairs widen the gap further), III
+    begins at its third knot, and II at its first one after the start. `intervals`: 95% intervals of
+    the boundaries over resampled runs. `line`: the fitted line's corners. `claims`: each claim's
+    effect, its 95% interval over runs (Student's t; []: fewer than three) and the verdict: "holds"
+    if the interval is within the claim's limits, "reversed" if outside, "not seen", "not measured".
+    opens_in_II: the runs' lines rise in II. alike_in_I: the mean gap in I is within a quarter of
+    that rise. stops_in_III: they gain less per step in III than half the rate of II.
+    deviation_falls, orthogonality_falls: from I to III reward_std falls and cos_std grows. `found`:
+    the three claims on the gap hold, and at most a third of the resamplings lack a phase I.
     """
     series = [reward_std, cos_std, [math.nan] if gap is None else gap]
     given = [np.atleast_2d(np.asarray(values, float)).T for values in series]
@@ -306,13 +306,13 @@ def detect_phases(
     elif (bends[:, 0] == 0).mean() > 1 / 3:
         reason = "No three phases: the gap may well open from the start"
     elif failed:
-        reason = f"No three phases: of the claims on the gap not all hold: {', '.join(failed)}"
+        reason = f"No three phases: these claims on the gap are not confirmed: {', '.join(failed)}"
     else:
         result["found"], (opens, stops) = True, bounds[0]
-        reason = f"Three phases: alike to step {opens}, then the gap opens to step {stops}, then "
-        reason += "at less than half that rate, if at all"
+        reason = f"Three phases: alike to step {opens}, then the gap opens until step {stops}; it "
+        reason += "then widens at less than half that rate, if at all"
         if (verdict := claims["orthogonality_falls"]["verdict"]) != "holds":
-            reason += f". That gradients grow less orthogonal meanwhile, the paper's why: {verdict}"
+            reason += f". The paper's reason, that gradients grow less orthogonal, is {verdict}"
     return result | {"reason": reason}
 
 
@@ -320,12 +320,12 @@ def detect_phases(
 
 
 def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float]:
-    """How much further steps of 1/sigma for each prompt ascend than one step size for all, for
-    orthogonal prompts and curvature proportional to sigma (plain gradient ascent, each step as long
-    as its bound allows): sum(|g|^2/sigma) / sum(|g|^2) / 2, and the two factors of it.
+    """How much further plain gradient ascent climbs with steps of 1/sigma for each prompt than with
+    one step size for all, each as long as its bound allows, if prompts are orthogonal and curvature
+    is proportional to sigma: sum(|g|^2/sigma) / sum(|g|^2) / 2. Returns that and its two factors.
 
-    The common rate, sqrt(sum(|g|^2/sigma^2) / sum(|g|^2)) / 2, how much longer the whole step is,
-    which Adam takes back; and the allocation, the cosine of the two steps, never above 1.
+    The common rate, sqrt(sum(|g|^2/sigma^2) / sum(|g|^2)) / 2, is how much longer the whole step
+    is, which Adam undoes; the allocation is the cosine between the two steps, never above 1.
     grad_squares: [P] squared norms of prompt gradients, or estimates of them without noise;
     reward_std: [P] standard deviations within prompts, at most 1/2 for rewards of 0 and 1. Prompts
     with NaN or without variance are left out. NaN if a sum is not above 0.
@@ -339,12 +339,12 @@ def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float
 
 
 def signed_law(halves: pd.DataFrame) -> dict[str, float]:
-    """The line of curvature over V(1 - 2p), V the reward variance p(1 - p), through 0 or not.
+    """Fit curvature against V(1 - 2p), with an intercept; V is the reward variance p(1 - p).
 
-    Of the half of a group that gave the direction V(1 - 2p) is estimated without bias, as the third
-    central moment of its rewards; the curvature is of the other half, to whose rewards it would be
-    tied. Returns `slope`, the covariance over that of the two halves' moments, which noise does not
-    flatten; and `r`, Pearson's correlation, which it does.
+    V(1 - 2p) is estimated without bias, as the third central moment of the rewards in the half of
+    the group that gave the direction, as the curvature is tied to the rewards of the other half,
+    on which it was measured. Returns `slope`, the covariance of the two over that of both halves'
+    moments, which noise does not flatten, and `r`, Pearson's correlation, which noise does flatten.
     """
     third, other, curvature = (halves[name] for name in ("third", "third_other", "curvature"))
     true = third.cov(other)  # the moments' variance without noise
@@ -353,11 +353,11 @@ def signed_law(halves: pd.DataFrame) -> dict[str, float]:
 
 
 def signals(run: Run) -> pd.DataFrame:
-    """Of a run's steps with a gradient, and of the pairs of PAIRS, the means without noise of the
-    inner product xy, its square, (xx + yy) / 2 and xx yy, x and y the gradients of two prompts.
+    """Noise-free means, for each step with a gradient and each kind of PAIRS, of the inner product
+    xy, its square, (xx + yy) / 2 and xx yy, where x and y are the gradients of two prompts.
 
-    The log has the ratios of the first two to the last two (grpo.py, gradient_geometry), and those
-    follow from each prompt's squared norm. Returns columns (pairs, moment), a row a step.
+    The log has the ratios of the first two to the last two (grpo.py, gradient_geometry); the last
+    two follow from each prompt's squared norm. Returns columns (pairs, moment), one row per step.
     """
     rows = run.prompts.dropna(subset="grad_sq_signal").fillna({"level": ""})
     rows = rows.assign(n=1.0, s=rows["grad_sq_signal"], q=rows["grad_sq_signal"] ** 2)
@@ -380,9 +380,9 @@ def signals(run: Run) -> pd.DataFrame:
 
 
 def noise_free(moments: pd.DataFrame) -> list[float]:
-    """Of rows of `signals`, for one kind of pairs, as ratios of means: the cosine; the mean square,
-    by (xy)^2 over xx yy; and the spread, the variance of xy over the mean of xx yy. Where norms
-    differ that is not the variance of the cosines. NaN where noise leaves no squared norm."""
+    """Ratios of means over rows of `signals` for one kind of pairs: the cosine; the mean square,
+    (xy)^2 over xx yy; and the spread, the variance of xy over the mean of xx yy, which is not the
+    variance of the cosines if norms differ. NaN if noise leaves no squared norm above 0."""
     half, both, product, square = moments.dropna(subset="product").mean()
     if not (half > 0 and both > 0):
         return [math.nan] * 3
@@ -421,9 +421,9 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
 
 
 def arrange(table: pd.DataFrame) -> dict[str, list[Run]]:
-    """Comparisons among rows of `tabulate`: for every learning rate, std's best one first, all
-    norms at it; then each norm at its best rate: that whose runs went furthest (a rate with a run
-    that did not finish is not the best), and among those the one with the highest mean pass rate.
+    """Comparisons among rows of `tabulate`: all norms at each learning rate, starting with std's
+    best; then each norm at its own best rate. That is the one whose runs went furthest (so not one
+    with an unfinished run), and among those the one with the highest mean pass rate.
     """
     merit = table.groupby(["norm", "lr"]).agg({"end": "min", "rate": "mean"})
     best = dict(merit.sort_values(["end", "rate"]).index)  # of a norm's rates the last
@@ -456,8 +456,8 @@ def foresee(run: Run, stop: float) -> list[float]:
 
 
 def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
-    """A row of Table 3, the cosines of all pairs of prompt gradients of some steps together; and C,
-    over runs."""
+    """A row of Table 3: the cosines of all pairs of prompt gradients, pooled over the log's steps;
+    and C, with its interval over runs."""
     rows = log.dropna(subset=["n_gradients", "cos_mean", "cos_std"])
     pairs = rows["n_gradients"] * (rows["n_gradients"] - 1) / 2
     squares = rows["cos_std"] ** 2 + rows["cos_mean"] ** 2
@@ -472,8 +472,8 @@ def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
 
 
 def compare_levels(prompts: pd.DataFrame, norm: str) -> tuple[dict, dict, dict]:
-    """By part of the levels: the gap of a norm to none and steps to halfway between the start and
-    end of none; the gap by tenths of the run; and its series [steps, seeds]."""
+    """For each part of the levels: a norm's gap to none, and the steps to halfway between none's
+    start and end; the gap by tenths of the run; and the gap's series [steps, seeds]."""
     table, tenths, curves = {}, defaultdict[str, dict[str, Any]](dict), {}
     last = prompts["step"].max()
     for name, levels in cut_levels(prompts).items():
@@ -494,9 +494,9 @@ def compare_levels(prompts: pd.DataFrame, norm: str) -> tuple[dict, dict, dict]:
 
 
 def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict, dict, pd.DataFrame]:
-    """Over prompts, all norms: Fisher against reward variance by parts of the run and sides of pass
-    rate 1/2, and how far the halves agree; the signed law; the mean curvature's size over the mean
-    variance by level; and Fisher's correlations [steps, (name, seed)]."""
+    """Over prompts, for all norms: how Fisher information correlates with reward variance, by part
+    of the run and by side of pass rate 1/2, and how far the halves agree; the signed law; |mean
+    curvature| over mean variance, by level; and Fisher's correlations [steps, (name, seed)]."""
     third = halves["step"] * 3 // (last + 1)
     cuts = {"all": third >= 0} | {f"third {k + 1} of the run": third == k for k in range(3)}
     cuts |= {f"pass rate {sign} ½": halves.eval(f"pass_rate_half {sign} 0.5") for sign in "<>"}
@@ -523,8 +523,8 @@ def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict, dict, 
 
 
 def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Of runs, as far as the shortest goes: the report's numbers (tables are row to column to
-    value, intervals [mean, low, high]), and for the picture series [steps, (label, seed)]."""
+    """Compare runs up to the end of the shortest: the report's numbers (tables map row to column to
+    value; intervals: [mean, low, high]), and series for the picture [steps, (label, seed)]."""
     last = min(run.end for run in runs)
     tables = zip(*((run.log, run.prompts, run.halves) for run in runs), strict=True)
     log, prompts, halves = map(pd.concat, tables)
@@ -628,8 +628,8 @@ def describe(title: str, found: dict[str, Any]) -> str:
     starts = [f"{step} {interval}".strip() for step, interval in bounds]
     split = "There is no split"
     if starts:
-        split = f"Norm {found['norm']}: II from step {starts[0]}, III from {starts[1]} "
-        split += "(95% over resampled runs)" * bool(phases["intervals"])
+        split = f"Norm {found['norm']}: phase II starts at step {starts[0]}, III at {starts[1]} "
+        split += "(95% intervals over resampled runs)" * bool(phases["intervals"])
     claims = {}
     for name, claim in phases["claims"].items():
         effect = [claim["effect"], *(claim["interval"] or [math.nan] * 2)]
@@ -639,21 +639,21 @@ def describe(title: str, found: dict[str, Any]) -> str:
 
 **{phases["reason"]}.**
 
-{split.strip()}{"" if phases["found"] else ", and it is not supported" * bool(starts)}. Intervals
-are over the seeds ({found["seeds"]}) of one task and one start model.
+{split.strip()}{"" if phases["found"] else ", but this split is not supported" * bool(starts)}.
+Intervals are over seeds ({found["seeds"]}), for one task and one starting model.
 
 {markdown(claims)}
 
-In order: the mean gap in I (holds within a quarter of the gap's gain in II); that gain (above 0);
-the gain a step in III (below half the rate of II); changes from I to III of mean σ (below 0) and of
-the cosines' deviation (above 0; noise widens it). *Not seen*: any effect in the interval may exist.
+In order, the claims hold if the mean gap in I is within a quarter of the gain in II; that gain is
+above 0; the gain per step in III is below half that in II; mean σ falls from I to III; and the
+cosines' deviation grows (noise widens it). *Not seen*: the effect may be anything in the interval.
 
 ### Norms
 {markdown(found["norms"])}
 
-Steps and speed-up: where every run begins below the goal and reaches it. The largest gap is picked
-among 60 windows and a little too large. Predicted: for plain ascent, orthogonal prompts, curvature
-∝ σ; by the common rate, which Adam takes back, and by the allocation among prompts, at most 1.
+Steps and speed-up: only if every run starts below the goal and reaches it. The largest gap is
+picked from 60 windows, so slightly too large. Predicted assumes plain ascent, orthogonal prompts
+and curvature ∝ σ; its factors: the common rate, which Adam undoes, and the allocation, at most 1.
 
 ### Gap to none by level of difficulty
 {markdown(found["levels"], "The problems have no levels.")}
@@ -666,21 +666,21 @@ among 60 windows and a little too large. Predicted: for plain ascent, orthogonal
 | paper, step 260 | 0.039 | 0.066 | 0.727 | 0.803 | 4950 |
 | paper, step 500 | 0.056 | 0.130 | 0.664 | 0.524 | 4950 |
 
-Where C, from the start to T, is below 1, Theorem 3.2 has the better bound for GRPO, on the least
-gradient up to T. σ of few completions is too low (0.464 for 0.5 at 8), and so is C. Features: mean
-size of the cosines of prompts' hidden states, raw and centred; 0.088 in the paper (section 4.1).
+If C from the start to T is below 1, Theorem 3.2's bound on the smallest gradient up to T is better
+for GRPO. With few completions σ comes out too low (0.464 for 0.5 at 8), and so does C. Features:
+mean |cosine| between prompts' hidden states, raw and centred; the paper has 0.088 (section 4.1).
 
 ### Cosines of prompt gradients without noise
 {markdown(found["noise_free"])}
 
-Assumption 4 allows no cosine below 0; the interference is heterogeneous where the spread is above
-0. All are ratios of means; the spread is that of inner products over squared norms.
+Assumption 4 rules out cosines below 0; a spread above 0 means that interference is heterogeneous.
+All are ratios of means; the spread is the inner products' variance over mean |x|²|y|².
 
 ### Fisher information and reward variance over prompts (Table 1: 0.342 and -0.028)
 {markdown(found["fisher"])}
 
-Mean correlation within a step. Across halves no noise is shared, but it flattens: r reaches at most
-about the root of the product of the reliabilities, which are the correlations of the halves.
+Mean correlation within a step. Across halves no noise is shared, but noise still lowers r, to at
+most about the square root of the two reliabilities' product (each correlates the two halves).
 
 ### Signed curvature against V(1 − 2p) over prompts
 {markdown({"all steps": found["curvature"]} if found["curvature"] else {})}

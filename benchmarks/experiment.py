@@ -174,8 +174,8 @@ def drawn(given: argparse.Namespace) -> Plan:
 
 
 def draw_task(out: Path, cell: str, seed: int, shared: int, equal: bool) -> Path:
-    """The directory of a task whose letters start within 0.1 of what was meant; a seed that misses
-    is followed by the one 20 above, and stays, for the record."""
+    """The directory of a task whose letters start within 0.1 of the intended pass rates. If a seed
+    misses, its task stays, for the record, and the seed 20 above it is tried next."""
     import make_tasks
 
     while True:
@@ -214,8 +214,8 @@ def start_rates(folder: Path, samples: int = 8) -> pd.Series:
 
 
 def pretrained(given: argparse.Namespace) -> Plan:
-    """Letters, and letters that share all digits, in a language model that a warm start has taught
-    them with their slips: none against std, all weights; with adapters, letters alone."""
+    """Letters, and letters that share all digits, in a language model that learned them in a warm
+    start, slips included: none against std, training all weights; with adapters, letters alone."""
     starts = [pretrained_start(given, shared) for shared in (0, 3)]
     flags = dict(task="letters", chat=False, max_grad_norm=0, dtype="bfloat16", steps=120)
     flags |= dict(geometry_every=10, probe_every=0, eval_every=0, save_every=10)
@@ -394,8 +394,8 @@ def picture(out: Path) -> str:
 
 def condition(out: Path) -> str:
     """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and
-    `arith`; a picture. The largest gap is the mean of 30 steps on end, those where the mean over
-    the pairs is largest: by noise alone it would be above 0. The geometry is that of std."""
+    `arith`; a picture. The largest gap is the mean of the 30 consecutive steps where the mean
+    over pairs is largest, so noise alone would make it positive. The geometry is that of std."""
     studies = {"0 of 3 digits": "letters/default"}
     studies |= {f"{n} of 3 digits": f"overlap/{n}-of-3" for n in (1, 2, 3)}
     studies |= {"arith": "arith/default"}
@@ -444,8 +444,8 @@ def welch(groups: Sequence[Sequence[float]], weights: Sequence[float]) -> list[f
 
 
 def task_gaps(folder: Path, norm: str, hardest: bool = False) -> float:
-    """Of a drawn task the mean gap of a norm to none over all steps, in points, over its seeds; of
-    all problems or those of the hardest third."""
+    """A drawn task's mean gap between a norm and none, in points, over all steps and seeds; for all
+    its problems, or for the hardest third."""
     prompts = pd.concat([run.prompts for run in whole_runs(folder)])
     if hardest:
         levels = next(iter(analyze.cut_levels(prompts).values()))
@@ -474,9 +474,9 @@ def contrast(out: Path) -> str:
 
 
 def in_window(runs: list[analyze.Run]) -> dict[str, list[float]]:
-    """Of one task's runs a value a seed: the cosine between letters without noise at steps 0, 10
-    and 20; gaps in points, up to the first step at which the pass rate, pooled over norms and
-    seeds, is 0.95, of all letters and by their difficulty; and the held-out gap at the end."""
+    """One value per seed from one task's runs: the noise-free cosine between letters at steps 0, 10
+    and 20; the gaps in points, of all letters and by difficulty, up to the first step where the
+    pass rate pooled over norms and seeds reaches 0.95; and the held-out gap at the end."""
     log, prompts = pd.concat([x.log for x in runs]), pd.concat([x.prompts for x in runs])
     pooled = log.groupby("step")["rate"].mean()
     end = next((step for step, rate in pooled.items() if rate >= 0.95), pooled.index.max())
@@ -514,8 +514,8 @@ def carried(out: Path) -> str:
 
 
 def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
-    """The expected gradient of a norm over that of the pass rate J, for groups of a size (0: no
-    sampling). With std it is E[sd / (J (1 - J))] over the binomial number of right completions."""
+    """A norm's expected gradient divided by that of the pass rate J, for groups of this size (0: no
+    sampling). For std: E[sd / (J (1 - J))] over the binomial number of right completions."""
     J = np.clip(J, 1e-12, 1 - 1e-12)
     if norm == "none":
         return np.full_like(J, 1 - 1 / group if group else 1)

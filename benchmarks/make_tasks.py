@@ -51,7 +51,7 @@ def make_arith(seed: int = 0) -> Task:
     one skill, the carry.
 
     The solutions are those of somebody who forgets each carry with probability 1/2. There are four
-    times as many of them as problems to train on: of fewer the model would remember the slips.
+    times as many as training problems: with fewer, the model would memorize the slips.
     """
     rng = np.random.default_rng(seed)
     size = 1 << 15
@@ -82,8 +82,8 @@ LETTERS = {
 
 
 def draw_skills(seed: int, equal: bool = False) -> dict[str, tuple[int, int, float]]:
-    """Six skills like LETTERS, which are those of seed 0: other digits and slips, the rates in
-    another order; equal: one rate for all, at which as many answers are right."""
+    """Six skills like LETTERS (which seed 0 gives), with other digits and slips and the rates in
+    another order. equal: one rate for all, chosen so that as many answers are right overall."""
     skills = LETTERS
     if seed:
         rng = np.random.default_rng((seed, 1))
@@ -100,13 +100,13 @@ def make_letters(seed: int = 0, shared: int = 0, equal: bool = False) -> Task:
     """Six skills of unequal difficulty, one a letter: "c+047=" asks for the digits of 047 with 1
     added to each, "158".
 
-    Sums are modulo 10. A slip adds another digit, which is the letter's as well. All three digits
-    are right with probability q^3 if one is with q: from 0.03 to 0.91. The digits follow no
+    Sums are modulo 10. A slip adds another digit, which is also fixed for each letter. If one digit
+    is right with probability q, all three are with q^3: from 0.03 to 0.91. The digits follow no
     pattern, so that the skills are separate: when every slip was 5 off, one letter's gradient
     pointed against another's (cosines down to -0.6), and the hard letters were never learnt.
 
-    To the first `shared` digits every letter adds what "a" adds, or its slip, at the letter's own
-    rate: a skill in common.
+    To the first `shared` digits, every letter adds what "a" adds (or slips as "a" does) at its own
+    rate: a skill that all letters have in common.
     """
     rng, skills = np.random.default_rng(seed), draw_skills(seed, equal)
     orders = [rng.permutation(1000).tolist() for _ in LETTERS]

@@ -15,11 +15,11 @@ is, the random numbers too.
     spo       group_advantages    a baseline that remembers each prompt; norms are not used
                                   (arXiv 2509.13232)
 
-Geometry and probe are off. To get a prompt's gradient of the expected reward they divide its part
-of the update by the norm's scale and by one weight for all its completions, and expect rewards that
-are centred on the group's mean. With spo and vl-norm that would be another gradient. Of nsgd and
-vespo they would measure what they measure of GRPO: they look before the optimizer steps, and at a
-batch's first update, where the importance ratio is 1.
+Geometry and probe are off. To get the gradient of a prompt's expected reward, they divide its part
+of the update by the norm's scale and by a single weight for all its completions, and they assume
+rewards centred on the group's mean. With spo and vl-norm that would give a different gradient. With
+nsgd and vespo they would measure the same as with GRPO, because they run before the optimizer's
+step, at a batch's first update, where the importance ratio is 1.
 """
 
 import sys
@@ -141,8 +141,8 @@ class Tracker:
 
 @dataclass
 class Config(grpo.Config):
-    """grpo.Config and the method, which thus is in config.json: so analyze.py tells its runs from
-    those of grpo.py."""
+    """grpo.Config plus the method, so that config.json records it and analyze.py can tell these
+    runs from those of grpo.py."""
 
     method: Literal["vl-norm", "nsgd", "vespo", "spo"] = "vl-norm"  # the first argument
     geometry_every: int = 0

@@ -28,10 +28,10 @@ SET_DATA = vars(torch._C.TensorBase)["data"].__set__  # x.data = y
 
 
 class Pretended(Tensor):
-    """A tensor on the device. Its class alone tells it from one on the CPU, and can be changed in
-    place: views, autograd, parameters and tied weights are torch's own."""
+    """A tensor on the device. Only its class sets it apart from a CPU tensor, and that can be
+    changed in place, so views, autograd, parameters and tied weights are torch's own."""
 
-    # What is called with it goes to Pretence alone.
+    # Calls that involve such a tensor go to Pretence alone.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     device, is_cuda, is_cpu = CUDA, True, False
 
@@ -85,8 +85,8 @@ def alike(function: Callable) -> Callable:
 
 
 class Pretence(TorchFunctionMode):
-    """A context in which there is the device. It sees all that is called of torch, methods and
-    attributes too, with its arguments."""
+    """A context in which the device exists. It intercepts every call into torch, including methods
+    and attributes, together with the arguments."""
 
     def __enter__(self) -> "Pretence":
         self.changed = ExitStack()

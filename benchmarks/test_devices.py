@@ -56,9 +56,9 @@ def stored(out):
 
 
 def assert_same_run(found, expected):
-    """Same samples, and the same numbers but for the rounding of two ways of attention: about 1e-6,
-    of which Adam makes more where a gradient is next to nothing, and a second difference, the
-    curvature, makes up to percents."""
+    """Same samples, and the same numbers up to the rounding of two attention implementations: about
+    1e-6, which Adam amplifies where a gradient is almost zero, and which the curvature, a second
+    difference, amplifies to as much as a few percent."""
     assert rows(found / "samples.jsonl") == rows(expected / "samples.jsonl")
     logs = [rows(out / "metrics.jsonl") for out in (found, expected)]
     assert len(logs[0]) == len(logs[1])

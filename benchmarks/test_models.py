@@ -37,7 +37,7 @@ HYBRID = dict(layer_types=["linear_attention", "full_attention"])
 DELTA = HYBRID | HEAD | dict(linear_num_value_heads=4, linear_key_head_dim=8)
 DELTA |= dict(linear_value_head_dim=8)
 MAMBA = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=4)
-# Its layers for several tokens bound the time step, those for one do not: here it is next to none.
+# It bounds the time step for several tokens but not for one: here the bound is next to nothing.
 NEMOTRON_H = ROUTED | HEAD | dict(time_step_min=1e-9, num_hidden_layers=4, chunk_size=4, n_groups=2)
 NEMOTRON_H |= dict(layer_types=["linear_attention", "moe", "full_attention", "mlp"])
 NEMOTRON_H |= dict(mamba_num_heads=4, mamba_head_dim=16, ssm_state_size=8)

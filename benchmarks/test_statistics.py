@@ -54,7 +54,7 @@ TRUE_GRADIENTS = np.array([[1.0, 0, 0], [1.2, 1.6, 0], [0, -3, 0], [0, 0, 0]])
 
 
 def write_signals(path: Path, steps: int, noise: float, seed: int = 0) -> analyze.Run:
-    """A run whose log says of TRUE_GRADIENTS, seen in two halves, what grpo.py would."""
+    """A run with the log that grpo.py would write for TRUE_GRADIENTS, seen in two halves."""
     rng, rows, lines = np.random.default_rng(seed), [], []
     for step in range(steps):
         A, B = (torch.tensor(TRUE_GRADIENTS + noise * rng.normal(size=(4, 3))) for _ in "AB")
