@@ -343,3 +343,42 @@ def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
         expected += float(terms.mean()) * math.prod(J if reward else 1 - J for reward in rewards)
     found = experiment.family_scale(np.array([J]), group, norm)
     assert found == pytest.approx([expected / (J * (1 - J))])
+
+
+def write_run(path, norm, seed, rates):
+    """The logs of 30 steps at constant pass rates by level, and of as many held out."""
+    config = dict(norm=norm, seed=seed, prompts=len(rates), group=4, task="letters")
+    mean = dict(reward=np.mean([*rates.values()]), reward_std=0.1)
+    metrics = [{"step": step, "pass_rate": mean["reward"]} | mean for step in range(30)]
+    metrics.append({"step": 30, "eval_reward": mean["reward"]})
+    prompts = [
+        {"step": step, "level": level, "pass_rate": rate, "reward_std": 0.1}
+        for step in range(30)
+        for level, rate in rates.items()
+    ]
+    (path / "model").mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(config))
+    for name, lines in (("metrics", metrics), ("prompts", prompts)):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (path / f"{name}.jsonl").write_text(text)
+
+
+def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
+    for study in ("letters", "arith"):
+        for seed, lead in enumerate((0.06, 0.09, 0.12)):  # on one level of three
+            rates = dict(a=0.2, b=0.5, c=0.8)
+            write_run(tmp_path / study / "default" / f"none-{seed}", "none", seed, rates)
+            more = rates | dict(a=0.2 + lead)
+            write_run(tmp_path / study / "default" / f"std-{seed}", "std", seed, more)
+    low, high = 3 + scipy.stats.t.ppf([0.025, 0.975], 2) / 3**0.5  # of 2, 3 and 4 points
+    gap, both = f"3 [{low:.3g}, {high:.3g}]", experiment.embedded(tmp_path)
+    assert f"| 0 to 30 | {gap} | {gap} |" in both
+    assert "|  | 30 |\n| --- | --- |\n| letters, none | 0.5 |\n| letters, std | 0.53 |" in both
+    folder = tmp_path / "letters" / "default"
+    assert experiment.task_gaps(folder, "std") == pytest.approx(3)
+    assert experiment.task_gaps(folder, "std", hardest=True) == pytest.approx(9)
+    found = experiment.in_window(experiment.whole_runs(folder))
+    assert found["last step"] == [30]  # the pass rate never comes to 0.95
+    assert found["gap, hardest: a"] == pytest.approx([6, 9, 12])
+    assert found["gap, middle: b"] == found["gap, easiest: c"] == [0, 0, 0]
+    assert found["held out"] == pytest.approx([2, 3, 4])
