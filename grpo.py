@@ -96,9 +96,9 @@ class Config:
     data: str = ""  # JSONL file, or PATH[:NAME]:SPLIT of the hub; empty: embedded, GSM8K or MATH
     eval_data: str = ""  # held-out problems, like --data; empty: the task's, or a part of --data
     instruction: str = ""  # prompt text around {question}; empty: the task's, as in config.json
-    chat: bool = True  # use the tokenizer's chat template if it has one
-    prompts: int = 16  # P, prompts a step
-    group: int = 16  # G, completions a prompt
+    chat: bool = True  # whether to use the tokenizer's chat template, if it has one
+    prompts: int = 16  # P, prompts per step
+    group: int = 16  # G, completions per prompt
     max_new_tokens: int = 0  # limit per completion; 0: letters and arith 6, gsm8k 512, math 1024
     temperature: float = 1.0  # softmax temperature, the same for sampling and training
     steps: int = 250  # number of batches to sample; each gets --epochs updates
@@ -106,11 +106,11 @@ class Config:
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
     max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
-    epochs: int = 1  # updates a batch; above 1 the importance ratio is clipped
+    epochs: int = 1  # updates per batch; above 1 the importance ratio is clipped
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
     micro_batch: int = 0  # max tokens per training pass, prompt copies included; 0: by vocabulary
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights; auto: bfloat16 on CUDA
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
     seed: int = 0  # random seed for the order of prompts and for sampling
     geometry_every: int = -1  # measure gradients every N steps; 0: off; -1: 1 (25 over 1M weights)
@@ -731,7 +731,7 @@ def train(config, dataset=None, reward=None, stop=()):
             f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
 
-    launched = time.perf_counter()
+    launched = 0.0
     for step in range(start, config.steps + 1):
         number = max(gather(list(stop)), default=0)  # together: all have taken the same steps
         due = number or step == config.steps or step % config.save_every == 0
@@ -749,6 +749,7 @@ def train(config, dataset=None, reward=None, stop=()):
         if step == config.steps:
             break
         began = time.perf_counter()
+        launched = launched or began
 
         # Prompts, and a random number for each token that may be sampled: the same for every norm.
         ids = prompt_rows(step, config, len(problems))  # [P] rows of the problems

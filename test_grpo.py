@@ -882,11 +882,11 @@ def test_what_a_run_leaves(whole):
 
 
 def test_the_progress_line_says_how_long_is_left(tmp_path, monkeypatch, capsys):
-    ticks = itertools.count(0, 20)  # a step asks for the time three times, so it takes a minute
+    ticks = itertools.count(20, 20)  # of a step three: began, sampled, updated
     monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     run(tmp_path, **SETTINGS | UNMEASURED | BRIEF | dict(steps=4))
     left = re.findall(r"([\d.]+) min left", capsys.readouterr().out)
-    assert left == ["3.0", "2.0", "1.0", "0.0"]
+    assert left == ["2.0", "1.7", "0.9", "0.0"]  # 3 steps at 40 s, 2 at 100/2, 1 at 160/3
 
 
 def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch):

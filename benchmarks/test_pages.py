@@ -1,5 +1,5 @@
-"""What the pages say can be typed: every command line is taken by the script's own parser, and the
-README's Python runs. `GRPO_SLOW=1 pytest` runs both."""
+"""What the pages say can be followed: links lead somewhere, every command line is taken by the
+script's own parser, and the README's Python runs. `GRPO_SLOW=1 pytest` runs the last two."""
 
 import argparse
 import os
@@ -54,6 +54,19 @@ def test_every_command_line_is_one(script, arguments, monkeypatch):
     with pytest.raises((Parsed, SystemExit)) as ended:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     assert not ended.value.args or ended.value.args == (0,)  # --help
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!http)(.*?)\)", (ROOT / page).read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        found = (ROOT / page).parent / path if path else ROOT / page
+        assert found.exists(), target
+        headings = (
+            re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.M) if anchor else []
+        )
+        slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in slugs, target
 
 
 def save_byte_model(path: Path) -> None:
