@@ -77,15 +77,15 @@ def paired(
 
 
 def letters(given: argparse.Namespace) -> Plan:
-    """None and std at the task's learning rate, and var for the first seeds."""
-    yield from paired("default", NORMS[:2], TEN)
-    yield from paired("default", NORMS[2:])
+    """None, std and batch at the task's learning rate, and var for the first seeds."""
+    yield from paired("default", ("none", "std", "batch"), TEN)
+    yield from paired("default", ["var"])
 
 
 def arith(given: argparse.Namespace) -> Plan:
     """The same where all prompts teach one skill."""
     yield from paired("default", NORMS[:2], TEN, task="arith")
-    yield from paired("default", NORMS[2:], task="arith")
+    yield from paired("default", ["var"], task="arith")
 
 
 def rates(given: argparse.Namespace) -> Plan:
@@ -443,33 +443,39 @@ def welch(groups: Sequence[Sequence[float]], weights: Sequence[float]) -> list[f
     return [mean, mean - half, mean + half]
 
 
-def task_gaps(folder: Path, norm: str, hardest: bool = False) -> float:
-    """A drawn task's mean gap between a norm and none, in points, over all steps and seeds; for all
-    its problems, or for the hardest third."""
+def task_gaps(folder: Path) -> pd.DataFrame:
+    """A drawn task's mean gaps between std, batch and none, in points, over all steps and seeds;
+    for all its problems and for the hardest third."""
     prompts = pd.concat([run.prompts for run in whole_runs(folder)])
-    if hardest:
-        levels = next(iter(analyze.cut_levels(prompts).values()))
-        prompts = prompts[prompts["level"].isin(levels)]
-    rates = prompts.groupby(["norm", "seed", "step"])["pass_rate"].mean().groupby("norm").mean()
-    return 100 * float(rates[norm] - rates["none"])
+    hardest = next(iter(analyze.cut_levels(prompts).values()))
+    gaps = {}
+    for name, part in {"all": prompts, "hardest": prompts[prompts["level"].isin(hardest)]}.items():
+        by_step = part.groupby(["norm", "seed", "step"])["pass_rate"].mean()
+        rates = 100 * by_step.groupby("norm").mean()
+        gaps[name] = rates[["std", "batch"]] - rates["none"]
+        gaps[name]["std less batch"] = rates["std"] - rates["batch"]
+    return pd.DataFrame(gaps)
 
 
 def contrast(out: Path) -> str:
     """Of `drawn`: the gap over all steps by cell, and how much larger it is where skills are
-    separate and unequal than in the mean of the other cells. Intervals are over tasks."""
+    separate and unequal than in the mean of the other cells: of std, of batch, which has a common
+    rate alone, and of std less batch. Intervals are over tasks."""
     rows: dict[str, dict[str, Any]] = {}
-    for norm in ("std", "batch"):
-        cells = []
-        for cell in CELLS:
-            folders = sorted({path.parents[1] for path in (out / "drawn" / cell).glob("*/*/model")})
-            cells.append([task_gaps(folder, norm) for folder in folders])
-            row = rows[f"{norm}, {cell}"] = {"tasks": float(len(folders))}
-            row["gap, points"] = analyze.mean_interval(cells[-1])
+    gaps = {}
+    for cell in CELLS:
+        folders = sorted({path.parents[1] for path in (out / "drawn" / cell).glob("*/*/model")})
+        gaps[cell] = [task_gaps(folder) for folder in folders]
+    for name in ("std", "batch", "std less batch"):
+        for cell, tasks in gaps.items():
+            row = rows[f"{name}, {cell}"] = {"tasks": float(len(tasks))}
+            row["gap, points"] = analyze.mean_interval(task["all"][name] for task in tasks)
             if "unequal" in cell:
-                hard = [task_gaps(folder, norm, True) for folder in folders]
-                row["of the hardest third"] = analyze.mean_interval(hard)
+                hardest = analyze.mean_interval(task["hardest"][name] for task in tasks)
+                row["of the hardest third"] = hardest
+        cells = [[task["all"][name] for task in tasks] for tasks in gaps.values()]
         more = welch(cells, [1, -1 / 3, -1 / 3, -1 / 3])
-        rows[f"{norm}, separate-unequal less the others"] = {"gap, points": more}
+        rows[f"{name}, separate-unequal less the others"] = {"gap, points": more}
     return analyze.markdown(rows)
 
 

@@ -374,11 +374,30 @@ def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
     gap, both = f"3 [{low:.3g}, {high:.3g}]", experiment.embedded(tmp_path)
     assert f"| 0 to 30 | {gap} | {gap} |" in both
     assert "|  | 30 |\n| --- | --- |\n| letters, none | 0.5 |\n| letters, std | 0.53 |" in both
-    folder = tmp_path / "letters" / "default"
-    assert experiment.task_gaps(folder, "std") == pytest.approx(3)
-    assert experiment.task_gaps(folder, "std", hardest=True) == pytest.approx(9)
-    found = experiment.in_window(experiment.whole_runs(folder))
+    found = experiment.in_window(experiment.whole_runs(tmp_path / "letters" / "default"))
     assert found["last step"] == [30]  # the pass rate never comes to 0.95
     assert found["gap, hardest: a"] == pytest.approx([6, 9, 12])
     assert found["gap, middle: b"] == found["gap, easiest: c"] == [0, 0, 0]
     assert found["held out"] == pytest.approx([2, 3, 4])
+
+
+def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
+    start = dict(a=0.2, b=0.5, c=0.8)
+    for cell, n in itertools.product(experiment.CELLS, range(3)):
+        lead = 0.06 + 0.03 * n if cell == "separate-unequal" else 0.03  # on one level of three
+        for norm, more in (("none", 0), ("std", lead), ("batch", 0.015 + 0.015 * n)):
+            rates = start | dict(a=0.2 + more)
+            write_run(tmp_path / "drawn" / cell / f"{n}" / f"{norm}-0", norm, 0, rates)
+    rows = [line.split(" | ") for line in experiment.contrast(tmp_path).splitlines()[2:]]
+    found = {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in rows}
+    half = scipy.stats.t.ppf(0.975, 2) / 3**0.5  # of 2, 3 and 4 points over three tasks
+    assert found["std, separate-unequal"][1] == f"3 [{3 - half:.3g}, {3 + half:.3g}]"
+    assert found["std, separate-unequal"][2] == f"9 [{9 - 3 * half:.3g}, {9 + 3 * half:.3g}]"
+    assert found["std, shared-equal"][1] == "1 [1, 1]"
+    assert (
+        found["std, separate-unequal less the others"][1] == f"2 [{2 - half:.3g}, {2 + half:.3g}]"
+    )
+    # Batch leads by 0.5, 1 and 1.5 points everywhere: variances of 0.25 in all cells (Welch).
+    half = scipy.stats.t.ppf(0.975, (4 / 3) ** 2 / ((1 + 3 / 81) / 2)) / 3
+    both = found["std less batch, separate-unequal less the others"][1]
+    assert both == f"2 [{2 - half:.3g}, {2 + half:.3g}]"
