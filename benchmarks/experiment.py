@@ -337,15 +337,19 @@ def table(out: Path) -> str:
 
 def embedded(out: Path) -> str:
     """Of `letters` and `arith` each norm's gap to none, in points, by parts of the run (steps 70 to
-    100 were chosen on other seeds), and mean pass rates on held-out problems."""
+    100 were chosen on other seeds), what std has over batch, and mean held-out pass rates."""
     gaps, held = defaultdict[str, dict[str, Any]](dict), defaultdict[str, dict[str, Any]](dict)
     for name in ("letters", "arith"):
         logs = pd.concat([run.log for run in whole_runs(out / name / "default")])
         rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
-        lead = 100 * rates.sub(rates["none"], level="seed").drop(columns="none")
+        norms = [norm for norm in rates.columns.unique(0) if norm != "none"]
+        lead = {norm: 100 * (rates[norm] - rates["none"]) for norm in norms}
+        if "batch" in lead:
+            lead["std less batch"] = lead["std"] - lead["batch"]
         for first, end in ((0, 30), (70, 100), (220, 250), (0, 250)):
-            for norm, part in lead.loc[first : end - 1].mean().dropna().groupby("norm"):
-                gaps[f"{first} to {end}"][f"{name}, {norm}"] = analyze.mean_interval(part)
+            for norm, gap in lead.items():
+                means = gap.loc[first : end - 1].mean().dropna()  # a value a seed
+                gaps[f"{first} to {end}"][f"{name}, {norm}"] = analyze.mean_interval(means)
         for (norm, step), mean in logs.groupby(["norm", "step"])["held_out"].mean().items():
             if math.isfinite(mean):
                 held[f"{name}, {norm}"][f"{step}"] = mean
