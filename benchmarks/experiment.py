@@ -369,7 +369,7 @@ def picture(out: Path) -> str:
         (left, rates["std"], analyze.COLORS["std"], "-", "GRPO (÷ std)", 95, 86, "right"),
         (left, rates["none"], analyze.COLORS["none"], "--", "REINFORCE (no ÷)", 105, 69, "left"),
         (right, hardest, analyze.COLORS["hardest"], "-", "hard problems", 93, 15, "left"),
-        (right, middle, analyze.COLORS["middle"], "-", "middling problems", 95, -5.5, "left"),
+        (right, middle, analyze.COLORS["middle"], "-", "medium problems", 95, -5.5, "left"),
         (right, easiest, analyze.COLORS["easiest"], "-", "easy problems", 252, -1.9, "right"),
         (right, lead["std"], "#000000", "-", "all problems", 130, 4.8, "left"),
     ):
