@@ -325,7 +325,7 @@ def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float
     is proportional to sigma: sum(|g|^2/sigma) / sum(|g|^2) / 2. Returns that and its two factors.
 
     The common rate, sqrt(sum(|g|^2/sigma^2) / sum(|g|^2)) / 2, is how much longer the whole step
-    is, which Adam undoes; the allocation is the cosine between the two steps, never above 1.
+    is (Adam undoes a constant one); the allocation, the cosine of the two steps, is at most 1.
     grad_squares: [P] squared norms of prompt gradients, or estimates of them without noise;
     reward_std: [P] standard deviations within prompts, at most 1/2 for rewards of 0 and 1. Prompts
     with NaN or without variance are left out. NaN if a sum is not above 0.
@@ -341,9 +341,9 @@ def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float
 def signed_law(halves: pd.DataFrame) -> dict[str, float]:
     """Fit curvature against V(1 - 2p), with an intercept; V is the reward variance p(1 - p).
 
-    V(1 - 2p) is estimated without bias, as the third central moment of the rewards in the half of
-    the group that gave the direction, as the curvature is tied to the rewards of the other half,
-    on which it was measured. Returns `slope`, the covariance of the two over that of both halves'
+    V(1 - 2p) is estimated without bias, by the third central moment of the rewards in the half of
+    the group that gave the direction; those of the other half, on which the curvature was
+    measured, are tied to it. Returns `slope`, the covariance of the two over that of both halves'
     moments, which noise does not flatten, and `r`, Pearson's correlation, which noise does flatten.
     """
     third, other, curvature = (halves[name] for name in ("third", "third_other", "curvature"))
@@ -653,7 +653,7 @@ cosines' deviation grows (noise widens it). *Not seen*: the effect may be anythi
 
 Steps and speed-up: only if every run starts below the goal and reaches it. The largest gap is
 picked from 60 windows, so slightly too large. Predicted assumes plain ascent, orthogonal prompts
-and curvature ∝ σ; its factors: the common rate, which Adam undoes, and the allocation, at most 1.
+and curvature ∝ σ; factors: the common rate (Adam undoes a constant one) and the allocation, <= 1.
 
 ### Gap to none by level of difficulty
 {markdown(found["levels"], "The problems have no levels.")}

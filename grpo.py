@@ -1,7 +1,7 @@
 """REINFORCE and GRPO on math problems in one file: why does GRPO divide by the standard deviation?
 
     pip install -r requirements.txt
-    python grpo.py --norm std               # the embedded task: no download, a minute on a laptop
+    python grpo.py --norm std               # the embedded task: no download, one to three minutes
     python grpo.py --norm none              # same prompts, same random numbers, no division
     python grpo.py --norm std --resume      # goes on where an interrupted run stopped
     python grpo.py --task gsm8k             # a hub model and data set

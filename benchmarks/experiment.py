@@ -1,6 +1,6 @@
 """The runs behind the results: grpo.py with other flags. Whole runs are kept, others resumed.
 
-    python benchmarks/experiment.py letters        # the embedded task: none, std, var; all measured
+    python benchmarks/experiment.py letters        # the embedded task: four norms, all measured
     python benchmarks/experiment.py rates          # learning rates, on seeds that nothing else uses
     python benchmarks/experiment.py norms          # each norm at its best rate; needs `rates`
     python benchmarks/experiment.py groups         # G = 4, 16, 64 at equal completions a step
@@ -9,7 +9,7 @@
     python benchmarks/experiment.py neighbours     # the methods of neighbours.py
     python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl   # a language model
     python benchmarks/experiment.py drawn          # twenty tasks drawn anew, in four cells
-    python benchmarks/experiment.py pretrained --model DIR  # letters in a language model
+    python benchmarks/experiment.py pretrained --model DIR --seeds 0 1 2 3 4 5 6 7 8 9
     python benchmarks/experiment.py table          # what they say: a line a comparison and norm
     python benchmarks/experiment.py embedded       # of `letters` and `arith`: gaps, held-out rates
     python benchmarks/experiment.py picture        # of `letters`, for the README: OUT/lead.png
@@ -382,7 +382,8 @@ def picture(out: Path) -> str:
         x, y, side = place
         axis.text(x, y, label, color=color, fontsize=17, ha=side)
     right.axhline(0, color="black", linewidth=1)
-    edges = [0, *found["phases"]["boundaries"], found["last_step"]]
+    phases = found["phases"]
+    edges = [0, *phases["boundaries"], found["last_step"]] if phases["found"] else []
     for a, b, name in zip(edges, edges[1:], ("alike", "opens", "closes")):
         right.axvspan(a, b, color="grey", alpha=0.15 * (name == "opens"), linewidth=0)
         above = dict(transform=right.get_xaxis_transform(), ha="center", va="top")
@@ -393,7 +394,7 @@ def picture(out: Path) -> str:
         axis.set_xlabel("training step", fontsize=15)
         axis.tick_params(labelsize=14)
     figure.savefig(out / "lead.png", dpi=100)
-    return f"{len(lead['std'].columns)} pairs of runs: {found['phases']['reason']}"
+    return f"{len(lead['std'].columns)} pairs of runs: {phases['reason']}"
 
 
 def condition(out: Path) -> str:
@@ -586,7 +587,7 @@ def main() -> None:
     add("--svamp", type=Path, help="of model: JSONL file of SVAMP")
     add("--lr", type=float, default=1e-5, help="of model")
     add("--steps", type=int, default=150, help="of model")
-    add("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model")
+    add("--seeds", type=int, nargs="+", default=COMPARING[:3], help="of model and pretrained")
     given = parser.parse_args()
     if report := reports.get(given.study):
         print(report(given.out))
