@@ -218,14 +218,15 @@ def pretrained(given: argparse.Namespace) -> Plan:
     start, slips included: none against std, training all weights; with adapters, letters alone."""
     starts = [pretrained_start(given, shared) for shared in (0, 3)]
     flags = dict(task="letters", chat=False, max_grad_norm=0, dtype="bfloat16", steps=120)
-    flags |= dict(geometry_every=10, probe_every=0, eval_every=0, save_every=10)
-    for seeds in (given.seeds[:5], given.seeds[5:]):
-        for folder in starts:
-            files = dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
-            flags |= files | dict(model=folder / "model")
-            yield from paired(folder.name, NORMS[:2], seeds, lr=7e-6, **flags)
-            if folder is starts[0] and seeds == given.seeds[:5]:
-                yield from paired("letters-lora", NORMS[:2], seeds, lr=1e-4, lora=64, **flags)
+    flags |= dict(geometry_every=10, probe_every=0, eval_every=0, save_every=40)
+    both = []
+    for folder in starts:
+        files = dict(data=folder / "train.jsonl", eval_data=folder / "test.jsonl")
+        both.append(flags | files | dict(model=folder / "model"))
+    for seed in given.seeds:  # in turn, so that a part of the study already compares the tasks
+        for folder, of_task in zip(starts, both):
+            yield from paired(folder.name, NORMS[:2], [seed], lr=7e-6, **of_task)
+    yield from paired("letters-lora", NORMS[:2], given.seeds[:5], lr=1e-4, lora=64, **both[0])
 
 
 def pretrained_start(given: argparse.Namespace, shared: int) -> Path:
