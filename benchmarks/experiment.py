@@ -502,9 +502,9 @@ def in_window(runs: list[analyze.Run]) -> dict[str, list[float]]:
     for name, levels in parts.items():
         chosen = prompts[prompts["level"].isin(levels) & (prompts["step"] <= end)]
         rates = chosen.groupby(["seed", "norm"])["pass_rate"].mean().unstack()
-        found[f"gap, {name}"] = (100 * (rates["std"] - rates["none"])).tolist()
+        found[f"gap, {name}"] = (100 * (rates["std"] - rates["none"])).dropna().tolist()
     held = log.groupby(["seed", "norm"])["held_out"].last().unstack()
-    found["held out"] = (100 * (held["std"] - held["none"])).tolist()
+    found["held out"] = (100 * (held["std"] - held["none"])).dropna().tolist()
     return found
 
 
@@ -514,14 +514,16 @@ def carried(out: Path) -> str:
     rows: dict[str, dict[str, Any]] = {}
     hardest = {}
     for folder in sorted(path for path in (out / "pretrained").iterdir() if path.is_dir()):
-        found = in_window(whole_runs(folder))
+        if not (runs := whole_runs(folder)):
+            continue
+        found = in_window(runs)
         rows[folder.name] = {
             name.split(":")[0]: analyze.mean_interval(values) for name, values in found.items()
         }
         hardest[folder.name[-6:]] = next(found[name] for name in found if "hardest" in name)
-    if {"0-of-3", "3-of-3"} <= {*hardest}:
-        more = welch([hardest["0-of-3"], hardest["3-of-3"]], [1, -1])
-        rows["letters less control"] = {"gap, hardest": more}
+    compared = [hardest.get(f"{shared}-of-3", []) for shared in (0, 3)]
+    if min(map(len, compared)) > 1:
+        rows["letters less control"] = {"gap, hardest": welch(compared, [1, -1])}
     return analyze.markdown(rows)
 
 
