@@ -381,6 +381,25 @@ def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
     assert found["held out"] == pytest.approx([2, 3, 4])
 
 
+def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
+    half = scipy.stats.t.ppf(0.975, 2) * 3**0.5  # of 6, 9 and 12 points
+    rates = dict(a=0.2, b=0.5, c=0.8)
+    for shared, leads in ((0, (0.06, 0.09, 0.12)), (3, (0.03, 0.03, 0.03))):
+        folder = tmp_path / "pretrained" / f"Some-{shared}-of-3"
+        for seed, lead in enumerate(leads):
+            write_run(folder / f"none-{seed}", "none", seed, rates)
+            write_run(folder / f"std-{seed}", "std", seed, rates | dict(a=0.2 + lead))
+        write_run(folder / "none-3", "none", 3, rates)  # its pair is not made yet
+    (tmp_path / "pretrained" / "letters-lora" / "none-0").mkdir(parents=True)  # only begun
+    lines = experiment.carried(tmp_path).splitlines()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
+    column = rows[""].index("gap, hardest")
+    found = {name: row[column] for name, row in rows.items() if "-" in name or "less" in name}
+    assert found["Some-0-of-3"] == f"9 [{9 - half:.3g}, {9 + half:.3g}]"
+    assert found["letters less control"].strip(" |") == f"6 [{6 - half:.3g}, {6 + half:.3g}]"
+    assert "letters-lora" not in found
+
+
 def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
     start = dict(a=0.2, b=0.5, c=0.8)
     for cell, n in itertools.product(experiment.CELLS, range(3)):
