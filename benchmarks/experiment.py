@@ -485,13 +485,15 @@ def contrast(out: Path) -> str:
     return analyze.markdown(rows)
 
 
-def in_window(runs: list[analyze.Run]) -> dict[str, list[float]]:
+def in_window(runs: list[analyze.Run], end: int | None = None) -> dict[str, list[float]]:
     """One value per seed from one task's runs: the noise-free cosine between letters at steps 0, 10
-    and 20; the gaps in points, of all letters and by difficulty, up to the first step where the
-    pass rate pooled over norms and seeds reaches 0.95; and the held-out gap at the end."""
+    and 20; the gaps in points, of all letters and by difficulty, up to step `end`, or to the first
+    at which the pass rate pooled over norms and seeds reaches 0.95; and the held-out gap at the
+    end."""
     log, prompts = pd.concat([x.log for x in runs]), pd.concat([x.prompts for x in runs])
     pooled = log.groupby("step")["rate"].mean()
-    end = next((step for step, rate in pooled.items() if rate >= 0.95), pooled.index.max())
+    if end is None:
+        end = next((step for step, rate in pooled.items() if rate >= 0.95), pooled.index.max())
     parts = {"all": [*prompts["level"].unique()]} | analyze.cut_levels(prompts)
     found: dict[str, list[float]] = {"last step": [float(end)]}
     cosines = defaultdict(list)
@@ -502,28 +504,29 @@ def in_window(runs: list[analyze.Run]) -> dict[str, list[float]]:
     for name, levels in parts.items():
         chosen = prompts[prompts["level"].isin(levels) & (prompts["step"] <= end)]
         rates = chosen.groupby(["seed", "norm"])["pass_rate"].mean().unstack()
-        found[f"gap, {name}"] = (100 * (rates["std"] - rates["none"])).dropna().tolist()
+        gaps = (100 * (rates["std"] - rates["none"])).dropna().tolist()
+        found[f"gap, {name}".split(":")[0]] = gaps
     held = log.groupby(["seed", "norm"])["held_out"].last().unstack()
     found["held out"] = (100 * (held["std"] - held["none"])).dropna().tolist()
     return found
 
 
 def carried(out: Path) -> str:
-    """Of `pretrained`: a row a task, intervals over seeds; and by how much the gap of the hardest
-    letters is larger than the control's."""
-    rows: dict[str, dict[str, Any]] = {}
-    hardest = {}
-    for folder in sorted(path for path in (out / "pretrained").iterdir() if path.is_dir()):
-        if not (runs := whole_runs(folder)):
-            continue
-        found = in_window(runs)
-        rows[folder.name] = {
-            name.split(":")[0]: analyze.mean_interval(values) for name, values in found.items()
-        }
-        hardest[folder.name[-6:]] = next(found[name] for name in found if "hardest" in name)
-    compared = [hardest.get(f"{shared}-of-3", []) for shared in (0, 3)]
-    if min(map(len, compared)) > 1:
-        rows["letters less control"] = {"gap, hardest": welch(compared, [1, -1])}
+    """Of `pretrained`: a row a task, intervals over seeds; by how much the gaps of letters are
+    larger than the control's, in their own windows and where both stop with the control."""
+    made = {folder.name: whole_runs(folder) for folder in sorted((out / "pretrained").glob("*/"))}
+    found = {name: in_window(runs) for name, runs in made.items() if runs}
+    rows = {
+        task: {k: analyze.mean_interval(v) for k, v in row.items()} for task, row in found.items()
+    }
+    letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
+    if letters and control:
+        end, base = int(found[control[0]]["last step"][0]), found[control[0]]
+        windows = {"letters less control": found[letters[0]]}
+        windows["the same, both to the control's last step"] = in_window(made[letters[0]], end)
+        for name, row in windows.items():
+            gaps = [key for key in row if "gap" in key and min(len(row[key]), len(base[key])) > 1]
+            rows[name] = {key: welch([row[key], base[key]], [1, -1]) for key in gaps}
     return analyze.markdown(rows)
 
 

@@ -345,16 +345,21 @@ def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
     assert found == pytest.approx([expected / (J * (1 - J))])
 
 
-def write_run(path, norm, seed, rates):
-    """The logs of 30 steps at constant pass rates by level, and of as many held out."""
+def write_run(path, norm, seed, rates, later=None):
+    """The logs of 30 steps at constant pass rates by level, which may change at step 20, and of as
+    many held out."""
     config = dict(norm=norm, seed=seed, prompts=len(rates), group=4, task="letters")
-    mean = dict(reward=np.mean([*rates.values()]), reward_std=0.1)
-    metrics = [{"step": step, "pass_rate": mean["reward"]} | mean for step in range(30)]
-    metrics.append({"step": 30, "eval_reward": mean["reward"]})
+    by_step = [rates] * 20 + [later or rates] * 10
+    means = [np.mean([*now.values()]) for now in by_step]
+    metrics = [
+        {"step": step, "pass_rate": mean, "reward": mean, "reward_std": 0.1}
+        for step, mean in enumerate(means)
+    ]
+    metrics.append({"step": 30, "eval_reward": means[-1]})
     prompts = [
         {"step": step, "level": level, "pass_rate": rate, "reward_std": 0.1}
-        for step in range(30)
-        for level, rate in rates.items()
+        for step, now in enumerate(by_step)
+        for level, rate in now.items()
     ]
     (path / "model").mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
@@ -376,27 +381,37 @@ def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
     assert "|  | 30 |\n| --- | --- |\n| letters, none | 0.5 |\n| letters, std | 0.53 |" in both
     found = experiment.in_window(experiment.whole_runs(tmp_path / "letters" / "default"))
     assert found["last step"] == [30]  # the pass rate never comes to 0.95
-    assert found["gap, hardest: a"] == pytest.approx([6, 9, 12])
-    assert found["gap, middle: b"] == found["gap, easiest: c"] == [0, 0, 0]
+    assert found["gap, hardest"] == pytest.approx([6, 9, 12])
+    assert found["gap, middle"] == found["gap, easiest"] == [0, 0, 0]
     assert found["held out"] == pytest.approx([2, 3, 4])
 
 
 def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
-    half = scipy.stats.t.ppf(0.975, 2) * 3**0.5  # of 6, 9 and 12 points
-    rates = dict(a=0.2, b=0.5, c=0.8)
-    for shared, leads in ((0, (0.06, 0.09, 0.12)), (3, (0.03, 0.03, 0.03))):
-        folder = tmp_path / "pretrained" / f"Some-{shared}-of-3"
-        for seed, lead in enumerate(leads):
-            write_run(folder / f"none-{seed}", "none", seed, rates)
-            write_run(folder / f"std-{seed}", "std", seed, rates | dict(a=0.2 + lead))
-        write_run(folder / "none-3", "none", 3, rates)  # its pair is not made yet
+    """The control is learned at step 20, where the lead in letters opens: 6, 9 and 12 points over
+    all 30 steps."""
+    half = scipy.stats.t.ppf(0.975, 2) * 3**0.5
+    rates, learned = dict(a=0.2, b=0.4, c=0.6), dict(a=0.95, b=0.96, c=0.97)
+    for seed, lead in enumerate((0.18, 0.27, 0.36)):
+        for shared, after, leads in ((0, rates, (0, lead)), (3, learned, (0.03, 0.03))):
+            folder = tmp_path / "pretrained" / f"Some-{shared}-of-3"
+            early, late = (
+                {level: rate + more for level, rate in now.items()}
+                for now, more in zip((rates, after), leads)
+            )
+            write_run(folder / f"none-{seed}", "none", seed, rates, after)
+            write_run(folder / f"std-{seed}", "std", seed, early, late)
+    write_run(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
     (tmp_path / "pretrained" / "letters-lora" / "none-0").mkdir(parents=True)  # only begun
     lines = experiment.carried(tmp_path).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
     column = rows[""].index("gap, hardest")
-    found = {name: row[column] for name, row in rows.items() if "-" in name or "less" in name}
+    found = {name: row[column].strip(" |") for name, row in rows.items()}
     assert found["Some-0-of-3"] == f"9 [{9 - half:.3g}, {9 + half:.3g}]"
-    assert found["letters less control"].strip(" |") == f"6 [{6 - half:.3g}, {6 + half:.3g}]"
+    assert rows["Some-3-of-3"][1] == "20"
+    assert found["letters less control"] == f"6 [{6 - half:.3g}, {6 + half:.3g}]"
+    # To step 20 the lead is one of 21 steps: 27 / 21 points less the control's 3.
+    low, high = (f"{9 / 7 - 3 + sign * half / 7:.3g}" for sign in (-1, 1))
+    assert found["the same, both to the control's last step"] == f"-1.71 [{low}, {high}]"
     assert "letters-lora" not in found
 
 
