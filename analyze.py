@@ -1,6 +1,6 @@
 """Does training show the paper's three phases, and do its reasons hold? Read from grpo.py's logs.
 
-    python analyze.py runs/*-std-* runs/*-none-*    # four seeds or more: phases, tables, theory
+    python analyze.py runs/*-std-* runs/*-none-*    # five seeds or more: phases, tables, theory
     python analyze.py runs/letters-std-0            # one run: its tables, and no verdict
 
 The report goes to the terminal and to analysis.md, its numbers go to analysis.json, and a picture
@@ -121,10 +121,10 @@ def read_run(path: Path) -> Run:
     log["rate"] = log["reward"].fillna(log["pass_rate"])
     log["held_out"] = log["eval_reward"].fillna(log["eval_pass_rate"])
     log["C"] = 8 / 3 * log["reward_std"]
-    # C, the predicted gain and moments are defined for rewards of 0 and 1.
+    # C, the predicted gain, gaps by level and moments are defined for rewards of 0 and 1.
     binary = np.allclose(log["rate"], log["pass_rate"], equal_nan=True)
     if not binary:
-        log["C"] = prompts["reward_std"] = math.nan
+        log["C"] = prompts["reward_std"] = prompts["pass_rate"] = math.nan
     sides, group = [], config["group"]
     for half, n in (("A", (group + 1) // 2), ("B", group // 2)):
         names = ["step", "level", *(key + half for key in HALVES)]
@@ -393,7 +393,7 @@ def cut_levels(prompts: pd.DataFrame) -> dict[str, list[str]]:
     """Levels by pass rate in the first tenth of the steps, cut where the shares of prompts come
     nearest to a third and two thirds; fewer than three levels each by itself."""
     early = prompts[prompts["step"] <= prompts["step"].max() / 10]
-    order = early.groupby("level")["pass_rate"].mean().sort_values().index
+    order = early.groupby("level")["pass_rate"].mean().dropna().sort_values().index
     if len(order) < 3:
         return {level: [level] for level in order}
     shares = prompts["level"].value_counts(normalize=True)[order].cumsum().to_numpy()
@@ -481,7 +481,7 @@ def compare_levels(prompts: pd.DataFrame, norm: str) -> tuple[dict, dict, dict]:
         rates = own.pivot_table("pass_rate", "step", ["norm", "seed"])
         gap = curves[name] = rates[norm] - rates["none"]
         tenth = rates.index * 10 // (last + 1)
-        start, *_, end = rates["none"].groupby(tenth).mean().mean(axis=1)
+        start, end = rates["none"].groupby(tenth).mean().mean(axis=1).iloc[[0, -1]]
         row = dict(share=len(own) / prompts["level"].count(), start=start, end=end)
         row["gap"] = mean_interval(gap.mean())
         for each in ("none", norm) if end - start >= 0.1 else ():
@@ -526,7 +526,7 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     """Compare runs up to the end of the shortest: the report's numbers (tables map row to column to
     value; intervals: [mean, low, high]), and series for the picture [steps, (label, seed)]."""
     last = min(run.end for run in runs)
-    tables = zip(*((run.log, run.prompts, run.halves) for run in runs), strict=True)
+    tables = zip(*((run.log, run.prompts, run.halves) for run in runs))
     log, prompts, halves = map(pd.concat, tables)
     held_out = log[log["step"] <= last + 1].groupby(["norm", "seed"])["held_out"].last()
     log, prompts, halves = (table[table["step"] <= last] for table in (log, prompts, halves))
@@ -560,7 +560,7 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
         if norm == "std" and norm in gaps:  # the prediction speaks of steps 1/sigma
             others = {run.config["seed"]: run for run in runs if run.config["norm"] == "none"}
             gains = [foresee(others[seed], reached["none", seed]) for seed in seeds]
-            parts = ("predicted", "by the rate", "by allocation")
+            parts = "predicted", "by the rate", "by allocation"
             row |= zip(parts, map(mean_interval, zip(*gains, strict=True)), strict=True)
         table[norm] = row
 
@@ -575,7 +575,7 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     moments = [signals(run) for run in runs if run.config["norm"] == main]
     free: dict[str, Any] = {}
     for pairs, kind in PAIRS.items():
-        for a, b, name in zip(edges, edges[1:], labels, strict=False):
+        for a, b, name in zip(edges, edges[1:], labels):
             cuts = [noise_free(steps[pairs].loc[a : b - 1]) for steps in moments]
             names = "cosine", "square", "spread"
             free[f"{name}, {kind}"] = dict(zip(names, map(mean_interval, zip(*cuts)), strict=True))

@@ -1716,6 +1716,8 @@ def test_gaps_and_steps_to_halfway_by_level():
     assert table["b"]["gap"] == pytest.approx([0.01] * 3)
     assert tenths["from step 40"]["a"] == pytest.approx([0.445] * 3) and len(tenths) == 10
     assert curves["a"].loc[20].tolist() == pytest.approx([0.2] * 3)
+    row = analyze.compare_levels(prompts[prompts["step"] == 0], "std")[0]["b"]  # of one step
+    assert row["start"] == row["end"] == pytest.approx(0.51)
 
 
 def test_fisher_that_changes_its_sign_is_seen_by_thirds():
@@ -1782,7 +1784,7 @@ def write_run(path: Path, rates, norm="std", seed=0, std=0.3, spread=0.1, change
     lines = pd.DataFrame(columns | dict(changed)).to_json(orient="records", lines=True)
     last = {"step": n, "eval_pass_rate": float(sum(rates[-1:]))}
     (path / "metrics.jsonl").write_text(f"{lines}{json.dumps(last)}\n")
-    fixed = dict(prompt=1, pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
+    fixed = dict(prompt=1, level="a", pass_rate=0.25, grad_norm=0.2**0.5, pass_rate_half=[0.2, 0.7])
     rows = [
         fixed
         | dict(step=t, reward_std=s, grad_sq_signal=0.5 - s)
@@ -1843,6 +1845,7 @@ def test_rewards_other_than_0_and_1_are_compared_by_their_mean_and_have_no_theor
     assert norms["end"][0] == pytest.approx(0.7)
     assert all(math.isnan(row["C"][0]) for row in found["cosines"].values())
     assert norms["largest gap"][0] == pytest.approx(0.1) and math.isnan(norms["predicted"][0])
+    assert found["levels"] == {}  # of prompts the mean reward is not logged
 
 
 def test_every_rate_then_each_norm_at_its_best(tmp_path):
