@@ -215,7 +215,8 @@ def start_rates(folder: Path, samples: int = 8) -> pd.Series:
 
 def pretrained(given: argparse.Namespace) -> Plan:
     """Letters, and letters that share all digits, in a language model that learned them in a warm
-    start, slips included: none against std, training all weights; with adapters, letters alone."""
+    start, slips included: none against std, training all weights; with adapters, letters alone.
+    Not planned beforehand: batch, for a few seeds of letters."""
     starts = [pretrained_start(given, shared) for shared in (0, 3)]
     flags = dict(task="letters", chat=False, max_grad_norm=0, dtype="bfloat16", steps=120)
     flags |= dict(geometry_every=10, probe_every=0, eval_every=0, save_every=40)
@@ -227,6 +228,7 @@ def pretrained(given: argparse.Namespace) -> Plan:
         for folder, of_task in zip(starts, both):
             yield from paired(folder.name, NORMS[:2], [seed], lr=7e-6, **of_task)
     yield from paired("letters-lora", NORMS[:2], given.seeds[:5], lr=1e-4, lora=64, **both[0])
+    yield from paired("letters-batch", ["batch"], given.seeds[:6], lr=7e-6, **both[0])
 
 
 def pretrained_start(given: argparse.Namespace, shared: int) -> Path:
@@ -313,8 +315,8 @@ def early_geometry(runs: list[analyze.Run]) -> dict[str, list[float]]:
 
 
 def table(out: Path) -> str:
-    """A line for every comparison and norm; of `rates`, mean pass rates over steps and seeds by
-    learning rate."""
+    """A line for every comparison and norm, with mean pass rates and gaps (points) of all steps; of
+    `rates`, mean pass rates over steps and seeds by learning rate."""
     rows: dict[str, dict[str, Any]] = {}
     rates: dict[str, dict[str, Any]] = {}
     for folder in sorted({path.parents[1] for path in out.glob("*/*/*/model")}):
@@ -325,10 +327,15 @@ def table(out: Path) -> str:
             continue
         for title, runs in analyze.arrange(whole).items():
             found = analyze.compare(runs, None)[0]
+            means = pd.concat([run.log for run in runs]).groupby(["norm", "seed"])["rate"].mean()
             for norm, numbers in found["norms"].items():
                 row = {
                     re.sub(r"steps to .*", "steps to goal", key): numbers[key] for key in numbers
                 }
+                row["mean"] = analyze.mean_interval(means[norm])
+                if "none" in means and norm != "none":
+                    gaps = 100 * (means[norm] - means["none"]).dropna()
+                    row["gap, all steps"] = analyze.mean_interval(gaps)
                 three = float(found["phases"]["found"])
                 row["three phases"] = three if norm == found["norm"] else None
                 mine = [one for one in runs if one.config["norm"] == norm]
@@ -485,11 +492,13 @@ def contrast(out: Path) -> str:
     return analyze.markdown(rows)
 
 
-def in_window(runs: list[analyze.Run], end: int | None = None) -> dict[str, list[float]]:
+def in_window(
+    runs: list[analyze.Run], end: int | None = None, other: str = "none"
+) -> dict[str, list[float]]:
     """One value per seed from one task's runs: the noise-free cosine between letters at steps 0, 10
-    and 20; the gaps in points, of all letters and by difficulty, up to step `end`, or to the first
-    at which the pass rate pooled over norms and seeds reaches 0.95; and the held-out gap at the
-    end."""
+    and 20; the gaps of std over another norm in points, of all letters and by difficulty, up to
+    step `end`, or to the first at which the pass rate pooled over norms and seeds reaches 0.95; and
+    the held-out gap at the end."""
     log, prompts = pd.concat([x.log for x in runs]), pd.concat([x.prompts for x in runs])
     pooled = log.groupby("step")["rate"].mean()
     if end is None:
@@ -504,22 +513,28 @@ def in_window(runs: list[analyze.Run], end: int | None = None) -> dict[str, list
     for name, levels in parts.items():
         chosen = prompts[prompts["level"].isin(levels) & (prompts["step"] <= end)]
         rates = chosen.groupby(["seed", "norm"])["pass_rate"].mean().unstack()
-        gaps = (100 * (rates["std"] - rates["none"])).dropna().tolist()
+        gaps = (100 * (rates["std"] - rates[other])).dropna().tolist()
         found[f"gap, {name}".split(":")[0]] = gaps
     held = log.groupby(["seed", "norm"])["held_out"].last().unstack()
-    found["held out"] = (100 * (held["std"] - held["none"])).dropna().tolist()
+    found["held out"] = (100 * (held["std"] - held[other])).dropna().tolist()
     return found
 
 
 def carried(out: Path) -> str:
-    """Of `pretrained`: a row a task, intervals over seeds; by how much the gaps of letters are
-    larger than the control's, in their own windows and where both stop with the control."""
+    """Of `pretrained`: a row a task, intervals over seeds; std's lead over batch in the window of
+    letters; by how much the gaps of letters are larger than the control's, in their own windows and
+    where both stop with the control."""
     made = {folder.name: whole_runs(folder) for folder in sorted((out / "pretrained").glob("*/"))}
+    batch = made.pop("letters-batch", [])
     found = {name: in_window(runs) for name, runs in made.items() if runs}
+    letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
+    if letters and batch:
+        end = int(found[letters[0]]["last step"][0])
+        std = [run for run in made[letters[0]] if run.config["norm"] == "std"]
+        found["letters, std over batch"] = in_window([*std, *batch], end, "batch")
     rows = {
         task: {k: analyze.mean_interval(v) for k, v in row.items()} for task, row in found.items()
     }
-    letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
     if letters and control:
         end, base = int(found[control[0]]["last step"][0]), found[control[0]]
         windows = {"letters less control": found[letters[0]]}

@@ -379,6 +379,8 @@ def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
     gap, both = f"3 [{low:.3g}, {high:.3g}]", experiment.embedded(tmp_path)
     assert f"| 0 to 30 | {gap} | {gap} |" in both
     assert "|  | 30 |\n| --- | --- |\n| letters, none | 0.5 |\n| letters, std | 0.53 |" in both
+    mean = f"0.53 [{0.5 + low / 100:.3g}, {0.5 + high / 100:.3g}]"
+    assert experiment.table(tmp_path).count(f" | {mean} | {gap} | 0 |") == 2  # in each task, of std
     found = experiment.in_window(experiment.whole_runs(tmp_path / "letters" / "default"))
     assert found["last step"] == [30]  # the pass rate never comes to 0.95
     assert found["gap, hardest"] == pytest.approx([6, 9, 12])
@@ -400,6 +402,9 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
             )
             write_run(folder / f"none-{seed}", "none", seed, rates, after)
             write_run(folder / f"std-{seed}", "std", seed, early, late)
+        third = {level: rate + lead / 3 for level, rate in rates.items()}
+        path = tmp_path / "pretrained" / "letters-batch" / f"batch-{seed}"
+        write_run(path, "batch", seed, rates, third)
     write_run(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
     (tmp_path / "pretrained" / "letters-lora" / "none-0").mkdir(parents=True)  # only begun
     lines = experiment.carried(tmp_path).splitlines()
@@ -408,6 +413,8 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
     found = {name: row[column].strip(" |") for name, row in rows.items()}
     assert found["Some-0-of-3"] == f"9 [{9 - half:.3g}, {9 + half:.3g}]"
     assert rows["Some-3-of-3"][1] == "20"
+    low, high = (f"{6 + sign * half * 2 / 3:.3g}" for sign in (-1, 1))
+    assert found["letters, std over batch"] == f"6 [{low}, {high}]"
     assert found["letters less control"] == f"6 [{6 - half:.3g}, {6 + half:.3g}]"
     # To step 20 the lead is one of 21 steps: 27 / 21 points less the control's 3.
     low, high = (f"{9 / 7 - 3 + sign * half / 7:.3g}" for sign in (-1, 1))
