@@ -493,10 +493,10 @@ def contrast(out: Path) -> str:
 
 
 def in_window(
-    runs: list[analyze.Run], end: int | None = None, other: str = "none"
+    runs: list[analyze.Run], end: int | None = None, norm: str = "std", other: str = "none"
 ) -> dict[str, list[float]]:
     """One value per seed from one task's runs: the noise-free cosine between letters at steps 0, 10
-    and 20; the gaps of std over another norm in points, of all letters and by difficulty, up to
+    and 20; the gaps of one norm over another in points, of all letters and by difficulty, up to
     step `end`, or to the first at which the pass rate pooled over norms and seeds reaches 0.95; and
     the held-out gap at the end."""
     log, prompts = pd.concat([x.log for x in runs]), pd.concat([x.prompts for x in runs])
@@ -513,25 +513,26 @@ def in_window(
     for name, levels in parts.items():
         chosen = prompts[prompts["level"].isin(levels) & (prompts["step"] <= end)]
         rates = chosen.groupby(["seed", "norm"])["pass_rate"].mean().unstack()
-        gaps = (100 * (rates["std"] - rates[other])).dropna().tolist()
+        gaps = (100 * (rates[norm] - rates[other])).dropna().tolist()
         found[f"gap, {name}".split(":")[0]] = gaps
     held = log.groupby(["seed", "norm"])["held_out"].last().unstack()
-    found["held out"] = (100 * (held["std"] - held[other])).dropna().tolist()
+    found["held out"] = (100 * (held[norm] - held[other])).dropna().tolist()
     return found
 
 
 def carried(out: Path) -> str:
-    """Of `pretrained`: a row a task, intervals over seeds; std's lead over batch in the window of
-    letters; by how much the gaps of letters are larger than the control's, in their own windows and
-    where both stop with the control."""
+    """Of `pretrained`: a row a task, intervals over seeds; in the window of letters, std over batch
+    and batch over none; by how much the gaps of letters are larger than the control's, in their own
+    windows and where both stop with the control."""
     made = {folder.name: whole_runs(folder) for folder in sorted((out / "pretrained").glob("*/"))}
     batch = made.pop("letters-batch", [])
     found = {name: in_window(runs) for name, runs in made.items() if runs}
     letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
     if letters and batch:
         end = int(found[letters[0]]["last step"][0])
-        std = [run for run in made[letters[0]] if run.config["norm"] == "std"]
-        found["letters, std over batch"] = in_window([*std, *batch], end, "batch")
+        for pair in (("std", "batch"), ("batch", "none")):
+            runs = [run for run in made[letters[0]] + batch if run.config["norm"] in pair]
+            found["letters, {} over {}".format(*pair)] = in_window(runs, end, *pair)
     rows = {
         task: {k: analyze.mean_interval(v) for k, v in row.items()} for task, row in found.items()
     }

@@ -415,6 +415,8 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
     assert rows["Some-3-of-3"][1] == "20"
     low, high = (f"{6 + sign * half * 2 / 3:.3g}" for sign in (-1, 1))
     assert found["letters, std over batch"] == f"6 [{low}, {high}]"
+    low, high = (f"{3 + sign * half / 3:.3g}" for sign in (-1, 1))
+    assert found["letters, batch over none"] == f"3 [{low}, {high}]"
     assert found["letters less control"] == f"6 [{6 - half:.3g}, {6 + half:.3g}]"
     # To step 20 the lead is one of 21 steps: 27 / 21 points less the control's 3.
     low, high = (f"{9 / 7 - 3 + sign * half / 7:.3g}" for sign in (-1, 1))
