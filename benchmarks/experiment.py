@@ -546,6 +546,29 @@ def carried(out: Path) -> str:
     return analyze.markdown(rows)
 
 
+def thirds(out: Path) -> str:
+    """Of `model`, by thirds of the run, intervals over seeds: pass rates, the gap in points, and
+    the share of prompts whose completions were all rewarded alike."""
+    folders = [path.parent for path in sorted((out / "model").glob("*/*/config.json"))]
+    tables = ((run.log, run.prompts) for run in map(analyze.read_run, folders))
+    log, prompts = map(pd.concat, zip(*tables))
+    prompts["alike"], width = prompts["reward_std"] == 0, (prompts["step"].max() + 1) // 3
+    rows = defaultdict[str, dict[str, Any]](dict)
+    for start in range(0, 3 * width, width):
+        rates, alike = (
+            whole[whole["step"].between(start, start + width - 1)]
+            .groupby(["norm", "seed"])[key]
+            .mean()
+            for whole, key in ((log, "rate"), (prompts, "alike"))
+        )
+        found = {f"pass rate, {norm}": rates[norm] for norm in NORMS[:2]}
+        found["gap, points"] = 100 * (rates["std"] - rates["none"])
+        found |= {f"prompts without variance, {norm}": alike[norm] for norm in NORMS[:2]}
+        for name, values in found.items():
+            rows[name][f"{start} to {start + width}"] = analyze.mean_interval(values)
+    return analyze.markdown(rows)
+
+
 def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
     """A norm's expected gradient divided by that of the pass rate J, for groups of this size (0: no
     sampling). For std: E[sd / (J (1 - J))] over the binomial number of right completions."""
@@ -602,6 +625,7 @@ def main() -> None:
     add = parser.add_argument
     reports: dict[str, Any] = {"table": table, "embedded": embedded, "picture": picture}
     reports |= {"condition": condition, "contrast": contrast, "carried": carried, "exact": exact}
+    reports |= {"thirds": thirds}
     add("study", choices=[*plans, *reports])
     add("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
     add("--jobs", type=int, default=2, help="runs at a time, which share the cores")

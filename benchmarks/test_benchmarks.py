@@ -424,6 +424,20 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
     assert "letters-lora" not in found
 
 
+def test_thirds_of_runs_that_part_in_the_last_one(tmp_path):
+    rates, half = dict(a=0.25, b=0.75), scipy.stats.t.ppf(0.975, 2) / 3**0.5
+    for seed in range(3):  # ahead by 1, 2 and 3 points
+        later = {level: rate + 0.01 * (seed + 1) for level, rate in rates.items()}
+        write_run(tmp_path / "model" / "Some" / f"none-{seed}", "none", seed, rates)
+        write_run(tmp_path / "model" / "Some" / f"std-{seed}", "std", seed, rates, later)
+    gap, alike = f"2 [{2 - half:.3g}, {2 + half:.3g}]", "0 [0, 0]"
+    lines = experiment.thirds(tmp_path).splitlines()
+    assert lines[0] == "|  | 0 to 10 | 10 to 20 | 20 to 30 |"
+    assert lines[2] == "| pass rate, none | " + " | ".join(["0.5 [0.5, 0.5]"] * 3) + " |"
+    assert lines[4] == f"| gap, points | {alike} | {alike} | {gap} |"
+    assert lines[5] == "| prompts without variance, none | " + " | ".join([alike] * 3) + " |"
+
+
 def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
     start = dict(a=0.2, b=0.5, c=0.8)
     for cell, n in itertools.product(experiment.CELLS, range(3)):
