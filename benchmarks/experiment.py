@@ -530,9 +530,9 @@ def carried(out: Path) -> str:
     letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
     if letters and batch:
         end = int(found[letters[0]]["last step"][0])
-        for pair in (("std", "batch"), ("batch", "none")):
-            runs = [run for run in made[letters[0]] + batch if run.config["norm"] in pair]
-            found["letters, {} over {}".format(*pair)] = in_window(runs, end, *pair)
+        for norm, other in (("std", "batch"), ("batch", "none")):
+            runs = [x for x in made[letters[0]] + batch if x.config["norm"] in (norm, other)]
+            found[f"letters, {norm} over {other}"] = in_window(runs, end, norm, other)
     rows = {
         task: {k: analyze.mean_interval(v) for k, v in row.items()} for task, row in found.items()
     }
@@ -624,8 +624,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument
     reports: dict[str, Any] = {"table": table, "embedded": embedded, "picture": picture}
-    reports |= {"condition": condition, "contrast": contrast, "carried": carried, "exact": exact}
     reports |= {"thirds": thirds}
+    reports |= {"condition": condition, "contrast": contrast, "carried": carried, "exact": exact}
     add("study", choices=[*plans, *reports])
     add("--out", type=Path, default=Path("runs/experiment"), help="where the runs lie")
     add("--jobs", type=int, default=2, help="runs at a time, which share the cores")
