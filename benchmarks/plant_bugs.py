@@ -13,6 +13,7 @@ that, the same tests must pass in a copy without a bug.
 import argparse
 import ast
 import contextlib
+import functools
 import json
 import os
 import random
@@ -63,6 +64,7 @@ def read_bugs(path: Path) -> list[Bug]:
     return bugs
 
 
+@functools.cache
 def definitions(source: str) -> dict[str, tuple[int, int]]:
     """Functions and classes of a module: index of the first line, and of the one after the last."""
     nodes = ast.parse(source).body
@@ -79,12 +81,12 @@ def plant(source: str, bug: Bug) -> str:
     if body.count(bug.old) != 1:
         found = f"{body.count(bug.old)} times in {bug.function} of {bug.file}, not once"
         raise ValueError(f"{bug.name}: found {found}: {bug.old!r}")
-    planted = "".join(lines[:first]) + body.replace(bug.old, bug.new) + "".join(lines[after:])
+    changed = body.replace(bug.old, bug.new)
     try:
-        ast.parse(planted)
+        ast.parse(changed)
     except SyntaxError as error:
         raise ValueError(f"{bug.name}: {error}") from error
-    return planted
+    return "".join([*lines[:first], changed, *lines[after:]])
 
 
 def pytest_collection_modifyitems(items: list) -> None:
