@@ -1,40 +1,46 @@
 """REINFORCE and GRPO on math problems in one file: why does GRPO divide by the standard deviation?
 
     pip install -r requirements.txt
-    python grpo.py --norm std               # the embedded task: no download, one to three minutes
+    python grpo.py --norm std               # the embedded task: no download, one or two minutes
     python grpo.py --norm none              # same prompts, same random numbers, no division
     python grpo.py --norm std --resume      # goes on where an interrupted run stopped
     python grpo.py --task gsm8k             # a hub model and data set
     python grpo.py --model DIR --data FILE.jsonl
     torchrun --nproc_per_node 2 grpo.py     # the same run, its prompts shared out to two processes
 
-Each step samples G completions for each of P prompts, scores them with rewards r [P, G], turns the
-rewards into advantages A = (r - group mean) * scale, and takes one ascent step along the policy
-gradient. `--norm` chooses the scale, and changes nothing else:
+GRPO in five lines. For each of P prompts:
 
-    none   1                              REINFORCE with the group mean as baseline
-    std    1 / (sigma + eps)              GRPO (Shao et al. 2024, arXiv 2402.03300)
-    var    1 / (sigma^2 + eps)            one power further: ascent on the log-odds
-    batch  1 / (std of all P*G rewards + eps)
+    sample G completions from the policy
+    score them: rewards r [G]
+    advantages A = (r - mean of r) * scale      scale = 1: REINFORCE; 1 / deviation of r: GRPO
+    loss = -mean over the completions of A * log-probability of the completion
 
-`--agg` chooses what the sum over tokens is divided by:
+and with the gradient of the P losses' mean, take one step of the optimizer. `--norm` chooses the
+scale and changes nothing else: none 1, std 1 / sigma, var 1 / sigma^2 (ascent on the log-odds),
+batch 1 / (standard deviation of all P*G rewards).
 
-    sequence  P*G                         the policy gradient of whole completions, times (G-1)/G
-                                          (with --norm none: Dr. GRPO, up to a constant)
-    mean      P*G * the sequence's length GRPO as published
-    token     the batch's tokens          DAPO (arXiv 2503.14476)
+What is not as in GRPO as published (Shao et al. 2024, arXiv 2402.03300):
 
-Conventions differ: here sigma is the population standard deviation (TRL, verl and OpenRLHF use the
-sample one) and eps is 1e-6. There is no KL term unless `--kl` > 0. With one update per batch the
-importance ratio is 1, so the ratio and the clip only matter with `--epochs` > 1.
+  - A completion's token terms are summed, not averaged: so the gradient is that of the expected
+    reward, times (G-1)/G. `--agg mean` averages; `--agg token` is DAPO's (arXiv 2503.14476);
+    `--norm none` with the sum is Dr. GRPO (arXiv 2503.20783), up to a constant.
+  - sigma is the population standard deviation (TRL, verl and OpenRLHF take the sample one), eps is
+    1e-6, and a group of equal rewards has advantages of exactly 0.
+  - There is no KL term unless `--kl` > 0, and then the importance ratio weighs it.
+  - There is one update per batch, at which the importance ratio is 1, unless `--epochs` > 1.
+  - What is sampled is what is trained: no top-k, no top-p, one temperature for both.
+  - Rewards come from a checker, not from a model; AdamW has no weight decay.
 
-Along the way, the script measures what Ge et al. (arXiv 2601.23135) use to explain the division:
-each prompt's gradient, how orthogonal the prompts are, and the curvature along the gradients.
+Three parts:
 
-Read it from top to bottom: mathematics, model, rollout, gradient, measurement, `train`. The helpers
-come after `train`: answers, data, files, processes, the command line. The functions under
-"Mathematics" need only torch and their arguments, so feel free to copy them (group_advantages with
-advantage_scale, gradient_geometry with pair_cosines, directional_curvature with square).
+  1. The algorithm: `train`, and what it calls, in the order of the calls. Read this.
+  2. The measurement: what Ge et al. (arXiv 2601.23135) explain the division with. Each prompt's
+     gradient, how orthogonal they are, the curvature along them. For those who want to know why.
+  3. The plumbing: models, answers, data, files, processes, the command line. Skip it.
+
+Functions that need only torch and their arguments are there to be copied: group_advantages (with
+advantage_scale), token_weights, policy_loss, k3_divergence, sample_tokens, gradient_geometry (with
+pair_cosines), directional_curvature (with square), count_sketch.
 """
 
 import argparse
@@ -47,25 +53,24 @@ import signal
 import sys
 import threading
 import time
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset, disable_progress_bars, load_dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
@@ -82,67 +87,147 @@ class InputError(RunError):
     status = 2
 
 
-# ------------------- Settings: a field each; the command line is made from them -------------------
-
-
 @dataclass
 class Config:
-    """Settings of a run; --help shows the comments. Raises InputError for a value out of range."""
+    """The user's settings; --help shows the comments. None: not set, to be filled in by `resolve`,
+    which also checks the others."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
-    task: Literal["", "letters", "arith", "gsm8k", "math"] = ""  # empty: letters; own data: math
-    model: str = ""  # a directory or hub name; empty: the embedded one, or Qwen/Qwen2.5-Math-1.5B
+    task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default letters; own: math
+    model: str | None = None  # directory or hub name; default embedded, or Qwen/Qwen2.5-Math-1.5B
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
-    data: str = ""  # JSONL file, or PATH[:NAME]:SPLIT of the hub; empty: embedded, GSM8K or MATH
-    eval_data: str = ""  # held-out problems, like --data; empty: the task's, or a part of --data
-    instruction: str = ""  # prompt text around {question}; empty: the task's, as in config.json
+    data: str | None = None  # JSONL file, or PATH[:NAME]:SPLIT of the hub; default: the task's
+    eval_data: str | None = None  # held-out problems; default: the task's, or a part of --data
+    instruction: str | None = None  # prompt text around {question}; default: the task's
     chat: bool = True  # whether to use the tokenizer's chat template, if it has one
     prompts: int = 16  # P, prompts per step
     group: int = 16  # G, completions per prompt
-    max_new_tokens: int = 0  # limit per completion; 0: letters and arith 6, gsm8k 512, math 1024
+    max_new_tokens: int | None = None  # default: letters and arith 6, gsm8k 512, math 1024
     temperature: float = 1.0  # softmax temperature, the same for sampling and training
     steps: int = 250  # number of batches to sample; each gets --epochs updates
-    lr: float = 0.0  # after warm-up; 0: letters 2e-4, arith 3e-4, else 1e-6 (10x with --lora)
+    lr: float | None = (
+        None  # after warm-up; default letters 2e-4, arith 3e-4, else 1e-6 (LoRA 1e-5)
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
     max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
     epochs: int = 1  # updates per batch; above 1 the importance ratio is clipped
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
-    micro_batch: int = 0  # max tokens per training pass, prompt copies included; 0: by vocabulary
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights; auto: bfloat16 on CUDA
-    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
+    micro_batch: int | None = None  # most tokens per training pass; default: 4096, or by vocabulary
+    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default bfloat16 on CUDA
+    device: str | None = None  # torch device; default cuda if there is one, else cpu
     seed: int = 0  # random seed for the order of prompts and for sampling
-    geometry_every: int = -1  # measure gradients every N steps; 0: off; -1: 1 (25 over 1M weights)
-    probe_every: int = -1  # measure curvature every N steps; 0: off; -1: 10 (25 over 1M weights)
+    measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
+    curvature: bool | None = None  # measure curvature and Fisher, too; default: up to 1M weights
     eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
     eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
     save_every: int = 50  # steps between checkpoints
-    out: str = ""  # run directory; empty: runs/TASK-NORM-SEED
+    out: str | None = None  # run directory; default runs/TASK-NORM-SEED
     resume: bool = False  # continue the run in --out
 
-    def __post_init__(self) -> None:
-        settle(self)
+
+# Defaults of a task; train, test: a JSONL file, or PATH[:NAME]:SPLIT of load_dataset.
+Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
+QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
+LAST = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
+BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
+HERE = f"{Path(__file__).resolve().parent}/assets"
+LETTERS = f"{HERE}/letters/train.jsonl", f"{HERE}/letters/test.jsonl", f"{HERE}/letters/model"
+ARITH = f"{HERE}/arith/train.jsonl", f"{HERE}/arith/test.jsonl", f"{HERE}/arith/model"
+GSM8K = "openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN
+MATH = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
+TASKS = {
+    "letters": Task(*LETTERS, "exact_match", 6, 2e-4, "{question}"),
+    "arith": Task(*ARITH, "exact_match", 6, 3e-4, "{question}"),
+    "gsm8k": Task(*GSM8K, "grade", 512, 1e-6, LAST),
+    "math": Task(*MATH, QWEN, "grade", 1024, 1e-6, BOXED),
+}
 
 
-# ------------ Mathematics: pure functions of torch and their arguments, to be copied --------------
+# ----------------------------------- Part one: the algorithm --------------------------------------
+
+WARM_UP = 10  # steps in which the learning rate rises to its value
+ORDER, TRAIN, EVALUATE = range(3)  # what a stream of random numbers is for
 
 
-def advantage_scale(rewards, norm, eps=1e-6):
-    """What each prompt's centred rewards are multiplied by. rewards: [P, G] -> [P, 1].
-    norm: "none" 1, "std" 1 / (sigma + eps), "var" 1 / (sigma^2 + eps), "batch" 1 / (deviation of
-    all rewards + eps), with population standard deviations (correction=0). Under every norm it is 0
-    for a group of equal rewards, where otherwise rounding error alone could be divided by eps."""
-    rewards = rewards * 1.0  # integers and booleans have no deviation
-    std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
-    divisor = {
-        "none": std * 0 + 1,
-        "std": std + eps,
-        "var": std**2 + eps,
-        "batch": rewards.std(correction=0) + eps,
-    }[norm]
-    mixed = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)
-    return torch.where(mixed, 1 / divisor, 0.0)
+def train(config, dataset=None, reward=None, stop=()):
+    """Train from the start policy to a saved model; everything is written to config.out.
+    dataset: problems to use instead of the task's, with columns question and answer.
+    reward(completion, answer) -> float: used instead of the task's. stop: once it contains a signal
+    number, the run ends between two steps. Returns the last evaluation. Raises InputError before a
+    run is begun or changed, RunError if the run cannot go on or was stopped."""
+    with start_run(config, dataset, reward) as run:
+        config = run.config  # with everything filled in
+        policy = run.policy
+        optimizer = run.optimizer
+        mine = share(config.prompts)  # which of the P prompts are this process's
+        failed = 0  # steps in a row
+        launched = None
+        for step in range(run.step, config.steps):
+            evaluation = None
+            if step == 0 or (config.eval_every and step % config.eval_every == 0):
+                evaluation = evaluate(policy, run.held_out, run.reward, config)
+            began = time.perf_counter()
+            launched = launched or began
+
+            # Prompts, and a random number for each token that may be sampled: the same for every
+            # norm.
+            ids = prompt_ids(step, config, len(run.problems))  # [P], indices of problems
+            problems = [run.problems[ids[p]] for p in mine]  # [P'], this process's
+            prompts = [problem.prompt for problem in problems]
+            uniforms = draw(config, TRAIN, step, mine, config.group)  # [P', G, T]
+
+            # Rollout and rewards.
+            batch = rollout(policy, prompts, uniforms, config.temperature)
+            batch.rewards, _ = score(policy, batch, problems, run.reward)  # [P', G]
+            rewards = everyone(batch.rewards)  # [P, G], of all processes
+            lengths = everyone(batch.lengths)  # [P, G]
+            rolled_out = time.perf_counter()
+            if step == run.step:
+                save_checkpoint(run, step)  # not before: a reward that fails leaves nothing behind
+
+            # Advantages: here REINFORCE (none) and GRPO (std) differ, and nowhere else.
+            advantages = group_advantages(rewards, config.norm)  # [P, G]
+            weights = token_weights(lengths, config.agg)  # [P, G]
+            batch.advantages = advantages[mine]  # [P', G]
+            batch.weights = weights[mine]
+
+            # Updates. A completion without advantage has no gradient, unless there is a KL term.
+            active = (batch.advantages != 0) | bool(run.reference)  # [P', G]
+            rows = active.flatten().nonzero()[:, 0].tolist()
+            optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / WARM_UP)
+            grad_norms = []
+            measured = None
+            for epoch in range(config.epochs):
+                gradient, logprobs = loss_gradient(policy, batch, rows, config, run.reference)
+                grad_norms.append(set_gradient(policy, gradient, config.max_grad_norm))
+                del gradient  # its memory is needed
+                if epoch == 0:
+                    batch.old_logprobs = logprobs  # what later epochs' importance ratios refer to
+                if epoch == 0 and config.measure_every and step % config.measure_every == 0:
+                    levels = [run.problems[i].level for i in ids]
+                    measured = measure(policy, batch, levels, config)
+                # If the policy is NaN, all rewards may be 0, and the gradient 0 rather than NaN.
+                if not everyone(batch.entropy).isfinite().all():
+                    grad_norms[-1] = math.nan
+                if math.isfinite(grad_norms[-1]):
+                    optimizer.step()
+                    policy.publish()
+                optimizer.zero_grad()
+
+            # Log: a line speaks of the policy before this step's update.
+            ended = time.perf_counter()
+            seconds = {"rollout": rolled_out - began, "update": ended - rolled_out}
+            pace = (ended - launched) / (step + 1 - run.step)
+            log_step(run, step, ids, batch, active, grad_norms, seconds, measured, evaluation, pace)
+            failed = 0 if any(math.isfinite(norm) for norm in grad_norms) else failed + 1
+            if failed == 5:
+                raise RunError(f"no finite gradient in 5 steps in a row, up to {step}")
+            save_or_stop(run, step + 1, stop)
+
+        evaluation = evaluate(policy, run.held_out, run.reward, config)
+        return finish(run, evaluation)
 
 
 def group_advantages(rewards, norm, eps=1e-6):
@@ -153,23 +238,41 @@ def group_advantages(rewards, norm, eps=1e-6):
     return centred * advantage_scale(rewards, norm, eps)
 
 
+def advantage_scale(rewards, norm, eps=1e-6):
+    """What each prompt's centred rewards are multiplied by. rewards: [P, G] -> [P, 1].
+    norm: "none" 1, "std" 1 / (sigma + eps), "var" 1 / (sigma^2 + eps), "batch" 1 / (deviation of
+    all rewards + eps), with population standard deviations (correction=0). Under every norm it is 0
+    for a group of equal rewards, where otherwise rounding error alone could be divided by eps."""
+    rewards = rewards * 1.0  # integers and booleans have no deviation
+    std = rewards.std(dim=1, correction=0, keepdim=True)  # [P, 1]
+    divisor = {
+        "none": torch.ones_like(std),
+        "std": std + eps,
+        "var": std**2 + eps,
+        "batch": rewards.std(correction=0) + eps,
+    }[norm]
+    mixed = (rewards != rewards[:, :1]).any(dim=1, keepdim=True)
+    return torch.where(mixed, 1 / divisor, 0.0)
+
+
 def token_weights(lengths, agg):
     """Weight of each token's term in the batch's loss, the same however the batch is split.
     lengths: [P, G], in tokens. agg: "sequence" 1/(P*G) (the policy gradient of whole
     completions), "mean" 1/(P*G*length) (GRPO as published), "token" 1/(all tokens) (DAPO, arXiv
     2503.14476). Returns [P, G]."""
-    count = {"sequence": lengths.numel(), "mean": lengths.numel() * lengths, "token": lengths.sum()}
-    return torch.ones_like(lengths, dtype=torch.float32) / count[agg]
+    count = lengths.numel()
+    divisor = {"sequence": count, "mean": count * lengths, "token": lengths.sum()}[agg]
+    return torch.ones_like(lengths, dtype=torch.float32) / divisor
 
 
 def policy_loss(logprobs, old_logprobs, advantages, weights, clip):
     """Clipped policy-gradient loss, -sum of weights * min(ratio * A, clip(ratio) * A) (PPO, arXiv
     1707.06347, eq. 7). Log-probabilities are in nats. All tensors have, or broadcast to, one shape
-    with an entry per token. Where old_logprobs = logprobs.detach(), the ratio is 1 and the gradient
-    is REINFORCE's, -sum of weights * A * grad logprobs."""
+    with an entry per token; padding has weight 0. Where old_logprobs = logprobs.detach(), the ratio
+    is 1 and the gradient is REINFORCE's, -sum of weights * A * grad logprobs."""
     ratio = (logprobs - old_logprobs).exp()
-    bounded = ratio.clamp(1 - clip, 1 + clip)
-    return -(weights * torch.minimum(ratio * advantages, bounded * advantages)).sum()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -(weights * torch.minimum(ratio * advantages, clipped * advantages)).sum()
 
 
 def k3_divergence(logprobs, old_logprobs, reference_logprobs):
@@ -181,6 +284,156 @@ def k3_divergence(logprobs, old_logprobs, reference_logprobs):
     return (logprobs - old_logprobs).exp() * (torch.expm1(difference) - difference)
 
 
+def prompt_ids(step, config, problems):
+    """This step's P problems, by index, in a seeded order that is drawn anew after each pass."""
+    slots = range(step * config.prompts, (step + 1) * config.prompts)
+    order = {}
+    for epoch in range(slots[0] // problems, slots[-1] // problems + 1):
+        stream = np.random.default_rng((config.seed, ORDER, epoch))
+        order[epoch] = stream.permutation(problems)
+    return [int(order[slot // problems][slot % problems]) for slot in slots]
+
+
+def draw(config, purpose, step, ids, group):
+    """Uniforms [ids, group, T]: every id of every step has a stream of its own."""
+    streams = [np.random.default_rng((config.seed, purpose, step, i)) for i in ids]
+    shape = group, config.max_new_tokens
+    return torch.from_numpy(np.stack([stream.random(shape, np.float32) for stream in streams]))
+
+
+@dataclass
+class Batch:
+    """G completions for each of P prompts, on the CPU; 0 beyond a completion's length.
+    Row p * G + g is completion g of prompt p."""
+
+    prompts: list[list[int]]  # their tokens
+    tokens: Tensor  # [P, G, T] sampled, the end token included
+    lengths: Tensor  # [P, G]
+    logprobs: Tensor  # [P, G, T] of the tokens, nats
+    entropy: Tensor  # [P, G, T] of the distributions that they were drawn from, nats
+    truncated: Tensor  # [P, G] bool: no end token within T
+    rewards: Any = None  # [P, G]; this and what follows is known later
+    advantages: Any = None  # [P, G]
+    weights: Any = None  # [P, G] of each token's term in the loss
+    old_logprobs: Any = None  # [P, G, T] as first trained on; None: the present ones
+
+
+def sample_tokens(logits, uniforms, temperature):
+    """Draw one token per row from softmax(logits / temperature): no top-k, no top-p, no penalty.
+    logits: [N, V]; uniforms: [N] in [0, 1), one per token (in float32: probabilities are exact up
+    to 2^-24); temperature 0 takes the most likely token. Returns the tokens, their
+    log-probabilities and the distributions' entropies, [N] each, in nats (at temperature 0, those
+    of temperature 1)."""
+    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(dim=1)  # [N, V]
+    probs = logprobs.exp()
+    if temperature:
+        cumulative = probs.cumsum(dim=1)
+        # Rounding leaves the last one a little off 1: the target is a share of it.
+        target = uniforms[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
+        tokens = tokens.clamp(max=logits.shape[1] - 1)
+    else:
+        tokens = logits.argmax(dim=1)
+    entropy = torch.special.entr(probs).sum(dim=1)  # 0 where the probability is
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy
+
+
+@torch.no_grad()
+def rollout(policy, prompts, uniforms, temperature):
+    """Sample G completions of at most T tokens for each of P prompts (token lists); temperature 0
+    is greedy. uniforms: [P, G, T] in [0, 1). Rows that have ended leave the forward passes."""
+    device = policy.model.device
+    P, G, T = uniforms.shape
+    uniforms = uniforms.view(P * G, T).to(device)
+    end_tokens = torch.tensor(policy.eos_ids, device=device)
+    rows = torch.arange(P * G, device=device)  # those that still run
+    mask, cache, logits = encode_prompts(policy, prompts, rows // G)
+    tokens = rows.new_zeros(P * G, T)
+    lengths = rows.new_zeros(P * G)
+    logprobs, entropy = torch.zeros(2, P * G, T, device=device)
+    for t in range(T):
+        drawn = sample_tokens(logits, uniforms[rows, t], temperature)
+        tokens[rows, t], logprobs[rows, t], entropy[rows, t] = drawn
+        lengths[rows] += 1
+        running = (~torch.isin(tokens[rows, t], end_tokens)).nonzero()[:, 0]
+        if len(running) < len(rows):
+            rows = rows[running]
+            mask = mask[running]
+            cache.reorder_cache(running)
+        if t + 1 == T or not len(rows):
+            break
+        mask = pad(mask, (0, 1), value=1)
+        logits = extend(policy, tokens[rows, t, None], mask, cache).logits[:, -1]
+    truncated = torch.isin(torch.arange(P * G, device=device), rows)
+    per_row = [
+        x.cpu().unflatten(0, (P, G)) for x in (tokens, lengths, logprobs, entropy, truncated)
+    ]
+    return Batch(prompts, *per_row)
+
+
+def score(policy, batch, problems, reward):
+    """Rewards [P, G] of the batch, and the texts [P * G] of its completions without special tokens.
+    Raises RunError, naming the completion, for a reward that fails or is not finite."""
+    G = batch.lengths.shape[1]
+    lengths = batch.lengths.flatten().tolist()
+    tokens = [row[:n] for row, n in zip(batch.tokens.flatten(0, 1).tolist(), lengths)]
+    texts = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    rewards = []
+    for row, text in enumerate(texts):
+        answer = problems[row // G].answer
+        try:
+            rewards.append(float(reward(text, answer)))
+            if not math.isfinite(rewards[-1]):
+                raise ValueError("not a finite number")
+        except Exception as error:
+            raise RunError(f"the reward failed: {error!r}, {text=}, {answer=}") from error
+    return torch.tensor(rewards, dtype=torch.float64).view_as(batch.lengths), texts
+
+
+def split_rows(batch, rows, limits):
+    """Split rows of the batch into micro-batches of at most limits[0] tokens, counting padding and
+    each completion's copy of its prompt, and at most limits[1] completion tokens; a lone completion
+    may exceed both. Prompts with the longest completions come first, one prompt at a time."""
+    G = batch.lengths.shape[1]
+    lengths = batch.lengths.flatten().tolist()
+    longest = batch.lengths.amax(dim=1).tolist()
+    micro_batches: list[list[int]] = []
+    width = length = 0  # that the prompts and completions of the last one are padded to
+    for row in sorted(rows, key=lambda row: (-longest[row // G], row // G, -lengths[row])):
+        prompt_length = len(batch.prompts[row // G])
+        if micro_batches:
+            width = max(width, prompt_length)
+            length = max(length, lengths[row])
+            n = len(micro_batches[-1]) + 1
+        if not micro_batches or n * (width + length) > limits[0] or n * length > limits[1]:
+            micro_batches.append([])
+            width = prompt_length
+            length = lengths[row]
+        micro_batches[-1].append(row)
+    return micro_batches
+
+
+def completion_logprobs(policy, batch, rows, temperature, forward=None):
+    """Log-probabilities [n, T] in nats of the rows' tokens; T is the longest row's length, and
+    entries past a row's end are 0. forward: the model with other parameters, if needed. Each prompt
+    is encoded once. Completions are padded on the right, where none of their tokens sees it."""
+    G = batch.lengths.shape[1]
+    device = policy.model.device
+    lengths = batch.lengths.flatten()[rows]
+    tokens = batch.tokens.flatten(0, 1)[rows, : lengths.max()].to(device)  # [n, T]
+    own, copies = (torch.tensor(rows) // G).unique(return_inverse=True)
+    prompts = [batch.prompts[p] for p in own]
+    mask, cache, first_logits = encode_prompts(policy, prompts, copies, forward)
+    logits = first_logits[:, None]
+    if tokens.shape[1] > 1:  # the last one leads to no other
+        mask = pad(mask, (0, tokens.shape[1] - 1), value=1)
+        later = extend(policy, tokens[:, :-1], mask, cache, forward).logits
+        logits = torch.cat([logits, later], dim=1)  # [n, T, V]
+    logprobs = token_logprobs(logits.flatten(0, 1), tokens.flatten(), temperature).view_as(tokens)
+    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    return torch.where(inside.to(device), logprobs, 0.0)
+
+
 def token_logprobs(logits, tokens, temperature):
     """Log-probabilities of tokens [N] under softmax(logits [N, V] / temperature), in nats -> [N],
     float32 at least."""
@@ -189,44 +442,156 @@ def token_logprobs(logits, tokens, temperature):
     return scaled.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
 
 
-def sample_tokens(logits, uniforms, temperature):
-    """Draw one token per row from softmax(logits / temperature): no top-k, no top-p, no penalty.
-    logits: [N, V]; uniforms: [N] in [0, 1), one per token; temperature 0 takes the most likely
-    token. Returns the tokens, their log-probabilities and the distributions' entropies, [N] each,
-    in nats (at temperature 0, those of temperature 1)."""
-    logprobs = (logits.float() / (temperature or 1.0)).log_softmax(dim=1)  # [N, V]
-    probs = logprobs.exp()
-    cumulative = probs.cumsum(dim=1)
-    # Rounding leaves the last cumulative value a little off 1: the target is a share of that value.
-    target = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    tokens = tokens.clamp(max=logits.shape[1] - 1) if temperature else logits.argmax(dim=1)
-    entropy = torch.special.entr(probs).sum(dim=1)  # 0 where the probability is
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy
+def loss_gradient(policy, batch, rows, config, reference=None):
+    """The gradient of the loss of some rows of the batch, in float32: a list with a tensor for each
+    trained parameter. reference: the forward of the KL term's policy, or None. Also returns the
+    rows' present log-probabilities, [P, G, T] on the CPU, NaN for other rows."""
+    gradient: list[Tensor] = []
+    found = torch.full_like(batch.logprobs, math.nan)
+    for micro_batch in split_rows(batch, rows, policy.limits):
+        lengths = batch.lengths.flatten()[micro_batch]
+        T = int(lengths.max())
+        with policy.guard():
+            logprobs = completion_logprobs(policy, batch, micro_batch, config.temperature)  # [n, T]
+            old = logprobs.detach()
+            found.view(-1, found.shape[2])[micro_batch, :T] = old.cpu().to(found)
+            if batch.old_logprobs is not None:
+                old = batch.old_logprobs.flatten(0, 1)[micro_batch, :T].to(logprobs)
+            advantages = batch.advantages.reshape(-1, 1)[micro_batch].to(logprobs)  # [n, 1]
+            inside = torch.arange(T) < lengths[:, None]
+            weights = (batch.weights.reshape(-1, 1)[micro_batch] * inside).to(logprobs)  # [n, T]
+            loss = policy_loss(logprobs, old, advantages, weights, config.clip)
+            if reference:
+                far = completion_logprobs(policy, batch, micro_batch, config.temperature, reference)
+                loss = loss + config.kl * (weights * k3_divergence(logprobs, old, far)).sum()
+            new = torch.autograd.grad(loss, [*policy.trained.values()], materialize_grads=True)
+        if not gradient:
+            gradient = [x.float() for x in new]
+        else:
+            for i, more in enumerate(new):  # tensor by tensor, to free memory on the way
+                gradient[i] = gradient[i] + more
+    return gradient or [torch.zeros_like(x) for x in policy.masters.values()], found
 
 
-def count_sketch(tensors, signs, size):
-    """Random projection [size] of the tensors, taken as one vector, that preserves inner products:
-    entry i, times a random sign, is added to sum i modulo `size` (Charikar, Chen, Farach-Colton
-    2002). signs: int8 [D], +1 or -1 equally likely, the same for all vectors to be compared. Two
-    sketches' inner product is an unbiased estimate of the vectors', with deviation about
-    |a| |b| / sqrt(size); with a prime size, even if large entries lie in columns of a matrix."""
-    sums, start = torch.zeros(size, device=signs.device), 0
-    for part in (x.flatten() for x in tensors):
-        signed = part * signs[start : start + len(part)]
-        before = start % size  # zeros that bring the part's first entry to its sum
-        padded = torch.nn.functional.pad(signed, (before, -(before + len(part)) % size))
-        sums += padded.view(-1, size).sum(dim=0, dtype=torch.float32)
-        start += len(part)
-    return sums
+def set_gradient(policy, gradient, max_norm):
+    """Put the gradient, summed over processes, where the optimizer looks for it, scaled down to
+    max_norm (0: never); returns its norm before that. Nothing calls backward(): the weights that
+    are trained on may be bfloat16, and the optimizer steps their float32 masters."""
+    for master, new in zip(policy.masters.values(), gradient):
+        # A copy: autograd may return views, or one tensor for two parameters.
+        master.grad = new.clone(memory_format=torch.contiguous_format)
+        collective(dist.all_reduce, master.grad)
+    grads = [master.grad for master in policy.masters.values()]
+    norm = square(grads) ** 0.5
+    if max_norm and norm > max_norm:
+        for grad in grads:
+            grad *= max_norm / norm
+    return norm
 
 
-def pair_cosines(gram):
-    """Cosines [pairs] of all pairs of vectors that are not zero. gram: [P, P] inner products."""
-    present = gram.diagonal() > 0
-    lengths = gram.diagonal()[present].sqrt()
-    cosines = gram[present][:, present] / (lengths[:, None] * lengths)
-    return cosines[torch.ones_like(cosines).triu(1) > 0]
+@torch.no_grad()
+def evaluate(policy, problems, reward, config):
+    """Complete every problem twice, greedily and by sampling. Returns log columns, and samples for
+    the first 4. The random numbers are always the same, so evaluations differ only in the policy.
+    Every process completes its share, in batches as large as in training."""
+    mine = share(len(problems))
+    most = config.group * len(share(config.prompts))
+    columns: dict[str, float] = {}
+    names = ("eval_greedy", "eval_greedy_reward"), ("eval_pass_rate", "eval_reward")
+    for (rate, mean), temperature in zip(names, (0.0, config.temperature)):
+        rewards = []
+        texts = []
+        for start in range(0, len(mine), most):
+            ids = mine[start : start + most]
+            chosen = [problems[i] for i in ids]
+            uniforms = draw(config, EVALUATE, 0, ids, 1)
+            batch = rollout(policy, [problem.prompt for problem in chosen], uniforms, temperature)
+            more_rewards, more_texts = score(policy, batch, chosen, reward)
+            rewards += more_rewards.flatten().tolist()
+            texts += more_texts
+        values = torch.tensor(gather(rewards), dtype=torch.float64)
+        columns |= {rate: float(pass_rates(values[None])), mean: float(values.mean())}
+    samples = [
+        {"question": x.question, "completion": text, "answer": x.answer, "reward": value}
+        for x, text, value in zip(problems[:4], texts, values.tolist())
+    ]
+    return columns, samples
+
+
+# ---------------------------------- Part two: the measurement -------------------------------------
+
+SMALL = 1_000_000  # up to so many weights, gradients are kept whole and curvature is in float64
+SKETCH = 65_537  # size of the sketch kept of a larger gradient; a prime
+ROUNDING = 5  # error of a sequence's log-probability, in units of eps * (its size + 1)
+
+
+def measure(policy, batch, levels, config):
+    """Measure what the paper explains the division with: each prompt's gradient of its expected
+    reward, how the gradients relate and, with config.curvature, curvature and Fisher information.
+    A group's halves are two looks at its prompt, with noises of their own. Nothing of the update is
+    used or changed: no advantages, weights or `.grad`. levels: [P], of all processes' prompts.
+    Returns what the step's line in the log gets, and columns [P] for those of its prompts."""
+    G = config.group
+    device = policy.model.device
+    trained = sum(master.numel() for master in policy.masters.values())
+    signs = None
+    if trained > SMALL:  # the same in every step and process
+        stream = torch.Generator(device).manual_seed(0)
+        signs = torch.randint(2, (trained,), generator=stream, device=device, dtype=torch.int8)
+        signs = signs * 2 - 1
+    precise = None
+    if config.curvature:  # a second difference drowns in bfloat16, and if small in float32
+        parameters = dict(policy.model.named_parameters()) | policy.masters
+        count = sum(x.numel() for x in parameters.values())
+        wide = torch.float64 if count <= SMALL else torch.float32
+        precise = {name: x.detach().to(wide) for name, x in parameters.items()}
+    halves = []
+    for group in torch.arange(batch.lengths.numel()).view(-1, G):
+        first, second = group.tensor_split(2)
+        for rows, others in ((first, second), (second, first)):
+            more = rows.tolist(), others.tolist(), signs, precise, config
+            halves.append(measure_half(policy, batch, *more))
+    halves = gather(halves)  # of all processes' prompts, in order: two a prompt
+    vectors = torch.stack([half.pop("vector") for half in halves]).double()  # [2P, D]
+    line, columns = gradient_geometry(vectors[::2], vectors[1::2], G, levels)
+    features = torch.stack(gather([*prompt_features(policy, batch.prompts)])).double()  # [P, D]
+    centred = features - features.mean(dim=0)
+    line["feature_cos"] = pair_cosines(features @ features.T).abs().mean()
+    line["feature_cos_centered"] = pair_cosines(centred @ centred.T).abs().mean()
+    for name in halves[0]:
+        values = [half[name] for half in halves]
+        columns[name] = [*zip(values[::2], values[1::2])]
+    if config.curvature:
+        curvature = torch.tensor([half["curvature"] for half in halves], dtype=torch.float64)
+        line["curvature"] = curvature.nanmean()
+    return line, columns
+
+
+def measure_half(policy, batch, rows, others, signs, precise, config):
+    """What is measured of one half of a group, by name. rows, others: this half and the other one.
+    signs: for count_sketch, or None to keep the gradient whole. precise: all parameters, by name,
+    for the curvature; None: it is left out, and the Fisher information with it. The gradient, of
+    the prompt's expected reward and uphill, is the mean of leave-one-out advantage * grad log pi:
+    with the whole group as its baseline, so that the halves' mean is the group's gradient."""
+    G = batch.lengths.shape[1]
+    group_rewards = batch.rewards[rows[0] // G]
+    rewards = batch.rewards.flatten()[rows]
+    half = {"reward_std_half": rewards.std(correction=0)}
+    half["pass_rate_half"] = pass_rates(rewards[None])[0]
+    advantages = (batch.rewards - batch.rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
+    weights = torch.full_like(batch.weights, 1 / len(rows))
+    mean = replace(batch, advantages=advantages, weights=weights, old_logprobs=None)
+    mixed = rows if group_rewards.max() > group_rewards.min() else []  # else rounding errors
+    gradient = [-x for x in loss_gradient(policy, mean, mixed, config)[0]]
+    flat = [x.flatten() for x in gradient]
+    half["vector"] = (torch.cat(flat) if signs is None else count_sketch(flat, signs, SKETCH)).cpu()
+    if precise:
+        found = probe_curvature(policy, batch, rows, others, gradient, precise, config)
+        half["curvature"], half["curvature_error"] = found
+        # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
+        mean = replace(mean, advantages=torch.ones_like(advantages))
+        half["fisher_half"] = len(rows) * square(loss_gradient(policy, mean, rows, config)[0])
+    return half
 
 
 def gradient_geometry(first, second, group, levels):
@@ -241,10 +606,18 @@ def gradient_geometry(first, second, group, levels):
     / mean xx yy; over several steps, average each mean before dividing. NaN if there is no pair."""
     n, m = (group + 1) // 2, group // 2
     AA, AB, BB = first @ first.T, first @ second.T, second @ second.T  # [P, P]
-    gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2
-    count, cosines = int((gram.diagonal() > 0).sum()), pair_cosines(gram)
-    total = gram.trace() if count > 1 else gram.trace() * torch.nan
-    # On-policy E<g_A, g_B> = (1 + 1/(G-1)^2) |g|^2; in a ratio of products of halves that cancels.
+    gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2  # of (n A + m B) / group
+    norms = gram.diagonal().sqrt()
+    cosines = pair_cosines(gram)
+    count = int((norms > 0).sum())
+    total = gram.trace() if count > 1 else torch.tensor(torch.nan)
+
+    # With baselines of their own, the halves' estimates A and B of g = E[r s], s = grad log pi(y),
+    # would be independent: E<A, B> = |g|^2. But a leave-one-out advantage is r_i - the mean of the
+    # G - 1 other rewards, the other half's among them. For i in A and j in B, E<A_i s_i, A_j s_j>
+    # has, as E[s] = 0, only terms with both rewards: r_i r_j, each from its own advantage, and the
+    # same times 1/(G-1)^2, each from the other's baseline. So E<A, B> = (1 + 1/(G-1)^2) |g|^2. In
+    # a ratio of products of halves that cancels.
     halves = AB.diagonal()
     unbiased = halves / (1 + 1 / (group - 1) ** 2)
     values = {
@@ -255,14 +628,43 @@ def gradient_geometry(first, second, group, levels):
         "interference": gram.sum() / total,
         "signal_share": unbiased.sum() / total,
     }
-    apart = ~torch.eye(len(levels), dtype=torch.bool)
-    alike = torch.tensor([[x == y for y in levels] for x in levels])
-    for name, pairs in ("", apart), ("_within", apart & alike), ("_between", ~alike):
-        squares, products = (unbiased[:, None] + unbiased) / 2, halves[:, None] * halves
-        values["cos_signal" + name] = gram[pairs].mean() / squares[pairs].mean()
-        values["cos_sq_signal" + name] = (AA * BB)[pairs].mean() / products[pairs].mean()
-    columns = {"grad_norm": gram.diagonal().sqrt(), "grad_sq_signal": unbiased}
+    distinct = ~torch.eye(len(levels), dtype=torch.bool)
+    same_level = torch.tensor([[x == y for y in levels] for x in levels])
+    pairs = {"": distinct, "_within": distinct & same_level, "_between": ~same_level}
+    for name, chosen in pairs.items():
+        squares = (unbiased[:, None] + unbiased) / 2
+        products = halves[:, None] * halves
+        values["cos_signal" + name] = gram[chosen].mean() / squares[chosen].mean()
+        values["cos_sq_signal" + name] = (AA * BB)[chosen].mean() / products[chosen].mean()
+    columns = {"prompt_grad_norm": norms, "grad_sq_signal": unbiased}
     return {"n_gradients": count} | {name: float(x) for name, x in values.items()}, columns
+
+
+def pair_cosines(gram):
+    """Cosines [pairs] of all pairs of vectors that are not zero. gram: [P, P] inner products."""
+    nonzero = gram.diagonal() > 0
+    norms = gram.diagonal()[nonzero].sqrt()
+    cosines = gram[nonzero][:, nonzero] / (norms[:, None] * norms)
+    return cosines[torch.ones_like(cosines).triu(1) > 0]
+
+
+def count_sketch(tensors, signs, size):
+    """Random projection [size] of the tensors, taken as one vector, that preserves inner products:
+    entry i, times a random sign, is added to sum i modulo `size` (Charikar, Chen, Farach-Colton
+    2002). signs: int8 [D], +1 or -1 equally likely, the same for all vectors to be compared. Two
+    sketches' inner product is an unbiased estimate of the vectors', with deviation about
+    |a| |b| / sqrt(size); with a prime size, even if large entries lie in columns of a matrix."""
+    sums = torch.zeros(size, device=signs.device)
+    start = 0
+    for tensor in tensors:
+        entries = tensor.flatten()
+        end = start + len(entries)
+        signed = entries * signs[start:end]
+        before = start % size  # zeros that bring the first entry to its sum
+        padded = torch.nn.functional.pad(signed, (before, -(before + len(entries)) % size))
+        sums += padded.view(-1, size).sum(dim=0, dtype=torch.float32)
+        start = end
+    return sums
 
 
 def square(tensors):
@@ -271,51 +673,156 @@ def square(tensors):
     return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
 
 
+def prompt_features(policy, prompts):
+    """Mean over each prompt's tokens of what the output layer reads -> [P, D]; NaN [P, 1] if the
+    model does not give it. The paper compares prompts by it (4.1)."""
+    ids, mask = pad_prompts(prompts, policy.model.device)
+    with torch.no_grad():
+        cache = DynamicCache(config=policy.model.config)
+        output = extend(policy, ids, mask, cache, output_hidden_states=True)
+    states = getattr(output, "hidden_states", None)
+    if not states or states[-1].shape[:2] != ids.shape:  # one kind of model stacks several of each
+        return torch.full((len(prompts), 1), math.nan)
+    return ((states[-1].float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
+
+
+def probe_curvature(policy, batch, rows, others, gradient, precise, config):
+    """Curvature, and its error by rounding, of the prompt's expected reward along the gradient of a
+    half (`rows`), from the other half's samples, whose own leave-one-out baseline keeps out nearly
+    all of that gradient's noise. precise: all parameters, by name. NaN if the other half is a
+    single sample, or if `rows` all earn the same: their gradient is then due to the others."""
+    own = batch.rewards.flatten()[rows]
+    n = len(others)
+    if n < 2 or own.max() == own.min():
+        return math.nan, math.nan
+    micro_batches = split_rows(batch, others, policy.limits)
+    in_order = [row for micro_batch in micro_batches for row in micro_batch]
+    rewards = batch.rewards.flatten()[in_order]
+    advantages = (rewards - rewards.mean()) * n / (n - 1)
+
+    def sequence_logprobs(parameters):
+        forward = with_parameters(policy.model, precise | parameters)
+        sums = []
+        for micro_batch in micro_batches:
+            logprobs = completion_logprobs(policy, batch, micro_batch, config.temperature, forward)
+            sums.append(logprobs.double().sum(dim=1).cpu())
+        return torch.cat(sums)
+
+    # The gradient is a mean of advantage * grad log pi: divided by the rewards' deviation, its norm
+    # is about the slope of log pi along it.
+    p = rows[0] // batch.lengths.shape[1]
+    slope = square(gradient) ** 0.5 / float(batch.rewards[p].std(correction=0))
+    direction = dict(zip(policy.masters, gradient))
+    start = {name: precise[name] for name in policy.masters}
+    return directional_curvature(sequence_logprobs, start, direction, advantages, slope)
+
+
 def directional_curvature(sequence_logprobs, parameters, direction, advantages, slope):
     """Curvature v'Hv, in reward / parameter^2, along v = direction / |direction|, of the surrogate
     mean(A * pi_new(y) / pi(y)) over whole sequences y, using forward passes alone. At the sampling
     policy H is the sample Hessian of the expected reward; a token-level ratio would not give that.
-    sequence_logprobs: maps parameters (a dict of float32 tensors) to the log-probabilities [n] of n
-    sampled sequences, in nats. direction: a dict with the same names. advantages: [n]. slope: a
-    guess at how fast the log-probabilities change along v. The second difference uses a step that
-    changes them by 0.03 to 0.1 (root mean square, within a factor of 2). NaN if no such step is
-    found, or if rounding would blur the result; 0 if all advantages are 0."""
+    sequence_logprobs: maps parameters (a dict of tensors, float64 if memory allows, else float32)
+    to the log-probabilities [n] of n sampled sequences, in nats. direction: a dict with the same
+    names. advantages: [n]. slope: a guess at how fast the log-probabilities change along v. Returns
+    the second difference, and the absolute error (one standard deviation) that rounding leaves in
+    it. Both are NaN if no step changes the log-probabilities by about what is wanted, or if that
+    error is over a tenth of deviation(A) * |change per step|^2, which bounds curvatures' size."""
     length = square(direction.values()) ** 0.5
     if not 0 < length < torch.inf:
-        return torch.nan
+        return torch.nan, torch.nan
     if not advantages.any():
-        return 0.0
+        return 0.0, 0.0
 
-    def logprobs_at(step):
-        moved = {k: direction[k].float() * (step / length) for k in parameters}
-        return sequence_logprobs({k: p.float() + moved[k] for k, p in parameters.items()})
+    def logprobs_at(distance):
+        scale = distance / length
+        return sequence_logprobs({k: p + direction[k].to(p) * scale for k, p in parameters.items()})
 
+    dtype = next(iter(parameters.values())).dtype
     with torch.no_grad():
         start = logprobs_at(0.0)
-        rounding = torch.finfo(torch.float32).eps * float(start.abs().mean() + 1)
-        wanted = min(max((rounding / 0.02) ** 0.5, 0.03), 0.1)
-        step = wanted / slope
+        rounding = ROUNDING * torch.finfo(dtype).eps * float(start.abs().mean() + 1)
+        wanted = max((rounding / 0.1) ** 0.5, 0.005 if dtype == torch.float64 else 0.03)
+        wanted = min(wanted, 0.1)  # root mean square change, in nats
+        distance = wanted / slope
         for _ in range(4):
-            ahead = logprobs_at(step) - start
-            size = float(ahead.square().mean().sqrt())
-            if wanted / 2 < size < wanted * 2:
+            ahead = logprobs_at(distance) - start
+            change = float(ahead.square().mean().sqrt())
+            if wanted / 2 < change < wanted * 2:
                 break
-            step *= min(max(wanted / max(size, 1e-30), 1e-3), 1e3)
+            distance *= min(max(wanted / max(change, 1e-30), 1e-3), 1e3)
         else:
-            return torch.nan
-        if rounding > 0.1 * size**2:
-            return torch.nan
-        behind = logprobs_at(-step) - start
-        # expm1 keeps the digits that exp loses next to 1.
-        return float((advantages * (ahead.expm1() + behind.expm1())).mean()) / step**2
+            return torch.nan, torch.nan
+        behind = logprobs_at(-distance) - start
+    # expm1 keeps the digits that exp loses next to 1.
+    curvature = float((advantages * (ahead.expm1() + behind.expm1())).mean()) / distance**2
+    # In ahead + behind there are four roundings: of either end, and twice that of the start.
+    deviation = float(advantages.square().mean().sqrt())
+    error = deviation * 6**0.5 * rounding / len(advantages) ** 0.5 / distance**2
+    if error > 0.1 * deviation * (change / distance) ** 2:
+        return torch.nan, torch.nan
+    return curvature, error
 
 
-# --------------- Model: working weights, and the float32 masters that are optimized ---------------
+# ---------------------------------- Part three: the plumbing --------------------------------------
+
+
+@contextmanager
+def start_run(config, dataset, reward):
+    """All that a run works with, at its start or, with `resume`, where it was saved: the settings,
+    with everything filled in, policy, optimizer, reference (the forward of the KL term's policy, or
+    None), problems, held_out, reward, and the first step to take. At the end torch has its threads
+    back. Raises InputError before anything is written."""
+    config = resolve(config)
+    reward = reward or REWARDS[TASKS[config.task].reward]
+    training, held_out = load_problems(config, dataset, reward)
+    out = Path(config.out)
+    if not config.resume and ((out / CHECKPOINT).exists() or (out / LOGS[0]).exists()):
+        raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR")
+    join_processes(config)
+    policy = load_policy(config)
+    training = encode_problems(training, policy, config)
+    held_out = encode_problems(held_out, policy, config)
+    policy = check_model(policy, training, config)
+    small = sum(x.numel() for x in policy.model.parameters()) <= SMALL
+    if config.curvature is None:
+        config = replace(config, curvature=small)
+    optimizer = make_optimizer([*policy.masters.values()], config)
+    reference = None
+    if config.kl:  # copied before a checkpoint is loaded: it is the start policy
+        frozen = {name: x.detach().clone() for name, x in policy.trained.items()}
+        reference = torch.no_grad()(with_parameters(policy.model, frozen))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error}") from error
+    gather([])  # a barrier: all have seen what is in --out before the first process writes there
+    step = load_checkpoint(config, policy, optimizer) if config.resume else 0
+    if is_first():
+        trained = sum(master.numel() for master in policy.masters.values())
+        print(
+            f"{config.task}: {len(training):,} problems, "
+            f"reward {getattr(reward, '__name__', reward)}, at most "
+            f"{config.max_new_tokens} new tokens; norm {config.norm}, {config.optimizer} at "
+            f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
+        )
+    threads = torch.get_num_threads()
+    if "cpu" in config.device and small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # more gain nothing, and lose much beside another program
+    try:
+        yield SimpleNamespace(
+            config=config, policy=policy, optimizer=optimizer, reference=reference,
+            problems=training, held_out=held_out, reward=reward, step=step,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ----------------------------------------- The model ----------------------------------------------
 
 
 @dataclass
 class Policy:
-    """A causal language model, its tokenizer, and the float32 weights that the optimizer steps."""
+    """A causal language model, its tokenizer, and the parameters that the optimizer steps."""
 
     model: Any
     tokenizer: Any
@@ -323,31 +830,36 @@ class Policy:
     trained: dict[str, Any]  # the model's parameters that are trained, by name
     masters: dict[str, Tensor]  # the same in float32, sharing memory with any that already are
     limits: tuple[int, int]  # max tokens and max completion tokens of a micro-batch
+    cache_argument: str = "past_key_values"  # what the model's forward calls its cache
     guard: Callable = nullcontext  # context needed by a model that overwrites tensors in place
 
     def publish(self):
-        """Copy the masters into the working weights: rollout and training see one policy."""
+        """Copy the masters into the working parameters: rollout and training see one policy."""
         for name, parameter in self.trained.items():
             parameter.data.copy_(self.masters[name])
 
 
 def load_policy(config):
     """The start policy. Raises InputError for a model that cannot be loaded or has no end token."""
-    path, cuda = config.model or TASKS[config.task].model, "cuda" in config.device
-    kind = config.dtype if config.dtype != "auto" else "bfloat16" if cuda else "float32"
+    path = config.model or TASKS[config.task].model
+    cuda = "cuda" in config.device
     safe = dict(trust_remote_code=False)  # no code from a model's directory is executed
-    how = dict(dtype=kind, attn_implementation=None if cuda else "eager")  # faster on CPUs
+    options = safe | dict(dtype=config.dtype)
+    if not cuda:
+        options["attn_implementation"] = "eager"  # which is faster on CPUs
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, **how, **safe)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         vocabulary = len(model.get_output_embeddings().weight)
-        if config.lora:  # arXiv 2106.09685; in float32, beside weights of any type
+        # Newer versions of transformers have another name for it.
+        named_cache = "cache" in inspect.signature(model.forward).parameters
+        if config.lora:  # arXiv 2106.09685; in float32, beside parameters of any type
             import peft
 
-            torch.manual_seed(0)  # the same start for every norm, seed and process
-            r = config.lora
-            adapters = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear")
-            model = peft.get_peft_model(model, adapters)
+            adapters = dict(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear")
+            with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+                torch.manual_seed(0)  # the same start for every norm, seed and process
+                model = peft.get_peft_model(model, peft.LoraConfig(**adapters))
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would train another distribution than is sampled
@@ -361,7 +873,15 @@ def load_policy(config):
     # A micro-batch holds its logits and their gradient: on a GPU there is room for some gigabytes.
     most = (1 << (28 if cuda else 24)) // vocabulary
     limits = config.micro_batch or 4096, config.micro_batch or min(4096, most)
-    return Policy(model, tokenizer, sorted(ends), trained, masters, limits)
+    cache_argument = "cache" if named_cache else "past_key_values"
+    return Policy(model, tokenizer, sorted(ends), trained, masters, limits, cache_argument)
+
+
+def make_optimizer(masters, config):
+    """Plain SGD, or AdamW without weight decay, which would erode what the start policy knows."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(masters, lr=config.lr)
+    return torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
 
 
 def end_of_turn(tokenizer):
@@ -377,495 +897,72 @@ def end_of_turn(tokenizer):
     return {*tokens[:1]} & {*tokenizer.all_special_ids}
 
 
-def with_weights(model, weights):
-    """The model's forward at other weights, by parameter name; those not named stay as they are."""
-    return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
+def with_parameters(model, parameters):
+    """The model's forward with other parameters, by name; those not named stay as they are."""
+    return lambda *args, **named: torch.func.functional_call(model, parameters, args, named)
 
 
-# The name of a model's cache argument: whichever of these two GPT-2's forward accepts.
-CACHE = max({"cache", "past_key_values"} & {*inspect.signature(GPT2LMHeadModel.forward).parameters})
-
-
-def extend(forward, tokens, mask, cache, **options):
+def extend(policy, tokens, mask, cache, forward=None, **options):
     """The model's output for further tokens [n, t] of n rows, whose past is in the cache.
-    mask: [n, past + t], 0 where a row is padded on the left, so before its position 0."""
+    mask: [n, past + t], 0 where a row is padded on the left, so before its position 0. forward: the
+    model with other parameters, or None."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-    inputs = {"attention_mask": mask, "position_ids": positions, CACHE: cache, "use_cache": True}
-    return forward(tokens, **inputs, **options)
+    options |= {policy.cache_argument: cache, "use_cache": True}
+    forward = forward or policy.model
+    return forward(tokens, attention_mask=mask, position_ids=positions, **options)
 
 
-def encode_prompts(policy, prompts, copies, forward, hidden=False):
+def pad_prompts(prompts, device):
+    """Token lists, padded on the left -> tokens and mask [prompts, longest]."""
+    tokens = [torch.tensor(prompt) for prompt in prompts]
+    padded = pad_sequence(tokens, True, -1, padding_side="left").to(device)
+    return padded.clamp(min=0), (padded >= 0).long()
+
+
+def encode_prompts(policy, prompts, copies, forward=None):
     """Run each prompt (a token list) once, then repeat its cache and logits for each completion.
     copies: [n], the prompt that each completion continues. Returns the mask [n, width] and cache
-    for `extend`, the logits [n, V] of the first tokens, and the last hidden states [prompts, D],
-    averaged over each prompt's tokens, or NaN if they are not asked for or not available."""
-    device, tokens = policy.model.device, [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(tokens, True, -1, padding_side="left").to(device)  # [prompts, width]
-    mask, ids = (ids >= 0).long(), ids.clamp(min=0)
-    cache, copies = DynamicCache(config=policy.model.config), copies.to(device)
+    for `extend`, and the logits [n, V] of the first tokens."""
+    ids, mask = pad_prompts(prompts, policy.model.device)
+    copies = copies.to(ids.device)
+    cache = DynamicCache(config=policy.model.config)
     # The last logits, by index: for a slice torch would copy the output layer, once per prompt.
-    last = torch.tensor([-1], device=device)
-    output = extend(forward, ids, mask, cache, logits_to_keep=last, output_hidden_states=hidden)
-    features = torch.full((len(prompts), 1), math.nan)
-    states = hidden and getattr(output, "hidden_states", None)
-    if states and states[-1].shape[:2] == ids.shape:  # one kind of model stacks several of each
-        features = (states[-1].float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    last = torch.tensor([-1], device=ids.device)
+    logits = extend(policy, ids, mask, cache, forward, logits_to_keep=last).logits
     cache.reorder_cache(copies)
-    return mask[copies], cache, output.logits[copies, -1], features
+    return mask[copies], cache, logits[copies, -1]
 
 
-# ----------- Rollout: sample completions from exactly the distribution that is trained ------------
-
-ORDER, TRAIN, EVALUATE = range(3)  # what a random stream is for
-
-
-def prompt_rows(step, config, problems):
-    """The P problems (row numbers) for this step, in a seeded order, reshuffled after each pass."""
-
-    def row(slot):
-        stream = np.random.default_rng((config.seed, ORDER, slot // problems))
-        return int(stream.permutation(problems)[slot % problems])
-
-    return [row(slot) for slot in range(step * config.prompts, (step + 1) * config.prompts)]
-
-
-def draw(config, purpose, step, rows, group):
-    """Uniforms [rows, group, T]: every row of every step has a stream of its own."""
-    streams = (np.random.default_rng((config.seed, purpose, step, row)) for row in rows)
-    shape = group, config.max_new_tokens
-    return torch.from_numpy(np.stack([stream.random(shape, np.float32) for stream in streams]))
-
-
-@dataclass
-class Batch:
-    """G completions for each of P prompts, on the CPU; 0 beyond a completion's length.
-    Row p * G + g is completion g of prompt p."""
-
-    prompts: list[list[int]]  # their tokens
-    features: Tensor  # [P, D] mean over a prompt's tokens of what the output layer reads, or NaN
-    tokens: Tensor  # [P, G, T] sampled, the end token included
-    lengths: Tensor  # [P, G]
-    logprobs: Tensor  # [P, G, T] of the tokens, nats
-    entropy: Tensor  # [P, G, T] of the distributions that they were drawn from, nats
-    truncated: Tensor  # [P, G] bool: no end token within T
-    old_logprobs: Tensor  # [P, G, T] as first trained on, for the importance ratio; NaN before
-    rewards: Any = None  # [P, G]; this and what follows are known later
-    advantages: Any = None  # [P, G]
-    scale: Any = None  # [P] what a prompt's centred rewards are multiplied by
-    weights: Any = None  # [P, G] of each token's term
-
-
-@torch.no_grad()
-def rollout(policy, prompts, uniforms, temperature):
-    """Sample G completions of at most T tokens for each of P prompts (token lists); temperature 0
-    is greedy. uniforms: [P, G, T] in [0, 1). Rows that have ended leave the batch."""
-    model, device = policy.model, policy.model.device
-    P, G, T = uniforms.shape
-    uniforms, ends = uniforms.view(P * G, T).to(device), torch.tensor(policy.eos_ids, device=device)
-    rows = torch.arange(P * G, device=device)  # those that still run
-    # Hidden states are large, and of no use in an evaluation, where G is 1.
-    mask, cache, logits, features = encode_prompts(policy, prompts, rows // G, model, hidden=G > 1)
-    tokens, lengths = rows.new_zeros(P * G, T), rows.new_zeros(P * G)
-    logprobs, entropy = torch.zeros(2, P * G, T, device=device)
-    for t in range(T):
-        drawn = sample_tokens(logits, uniforms[rows, t], temperature)
-        tokens[rows, t], logprobs[rows, t], entropy[rows, t] = drawn
-        lengths[rows] += 1
-        running = (~torch.isin(drawn[0], ends)).nonzero()[:, 0]
-        if len(running) < len(rows):
-            rows, mask = rows[running], mask[running]
-            cache.reorder_cache(running)
-        if t + 1 == T or not len(rows):
-            break
-        mask = pad(mask, (0, 1), value=1)
-        logits = extend(model, tokens[rows, t, None], mask, cache).logits[:, -1]
-    truncated = torch.isin(torch.arange(P * G, device=device), rows)
-    columns = tokens, lengths, logprobs, entropy, truncated, torch.full_like(logprobs, math.nan)
-    return Batch(prompts, features.cpu(), *(x.cpu().unflatten(0, (P, G)) for x in columns))
-
-
-def score(policy, batch, problems, reward):
-    """Set the batch's rewards; returns the texts [P * G] of its completions, without special
-    tokens. Raises RunError, naming the completion, for a reward that fails or is not finite."""
-    G, lengths = batch.lengths.shape[1], batch.lengths.flatten().tolist()
-    tokens = [row[:n] for row, n in zip(batch.tokens.flatten(0, 1).tolist(), lengths)]
-    texts, rewards = policy.tokenizer.batch_decode(tokens, skip_special_tokens=True), []
-    for row, text in enumerate(texts):
-        answer = problems[row // G].answer
+def check_model(policy, problems, config):
+    """The policy, with a guard if the model overwrites tensors that autograd needs, which keeps
+    copies of them. Raises InputError if rollout or training fails with this model, or if the two
+    disagree."""
+    prompt = max([problem.prompt for problem in problems], key=len)
+    model_type = policy.model.config.model_type
+    refusal = f"model {config.model or config.task} ({model_type}) cannot be used"
+    most = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
+    for T in (2, 8):  # some layers have a way of their own for a single token
+        endless = replace(policy, eos_ids=[-1])
+        uniforms = torch.full((1, 2, min(T, config.max_new_tokens)), 0.5)
         try:
-            rewards.append(float(reward(text, answer)))
-            if not math.isfinite(rewards[-1]):
-                raise ValueError("not a finite number")
-        except Exception as error:
-            raise RunError(f"the reward failed: {error!r}, {text=}, {answer=}") from error
-    batch.rewards = torch.tensor(rewards, dtype=torch.float64).view_as(batch.lengths)
-    return texts
+            batch = rollout(endless, [prompt], uniforms, config.temperature)
+            batch.advantages = batch.weights = torch.ones(1, 2)
+            try:
+                _, logprobs = loss_gradient(policy, batch, [0, 1], config)
+            except RuntimeError:
+                guard = torch.autograd.graph.allow_mutation_on_saved_tensors
+                policy = replace(policy, guard=guard)
+                _, logprobs = loss_gradient(policy, batch, [0, 1], config)
+        except Exception as error:  # whatever another kind of model raises
+            reason = "no slot for its state" if isinstance(error, IndexError) else error
+            raise InputError(f"{refusal}: with a DynamicCache it fails: {reason}") from error
+        apart = float((logprobs - batch.logprobs).abs().max())
+        if not apart <= most:  # nor NaN
+            raise InputError(f"{refusal}: rollout and training differ by {apart:.2g} nats")
+    return policy
 
 
-def pass_rates(rewards):
-    """Share of rewards equal to 1 in each row, [P, G] -> [P]; NaN (in the log: null) where one lies
-    outside [0, 1]."""
-    inside = (rewards.clamp(0, 1) == rewards).all(dim=1)
-    return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
-
-
-def evaluate(policy, problems, mine, size, reward, config):
-    """Complete every problem twice, greedily and by sampling. Returns log columns, and samples for
-    the first 4. The random numbers are always the same, so evaluations differ only in the policy.
-    mine: this process's share, out of `size` processes; batches are as large as in training."""
-    most, of_all = max(1, config.prompts * config.group // size), []
-    for temperature in (0.0, config.temperature):
-        rewards, texts = [], []
-        for start in range(0, len(mine), most):
-            rows = mine[start : start + most]
-            part, uniforms = [problems[row] for row in rows], draw(config, EVALUATE, 0, rows, 1)
-            batch = rollout(policy, [problem.prompt for problem in part], uniforms, temperature)
-            texts += score(policy, batch, part, reward)
-            rewards += batch.rewards
-        of_all.append(torch.cat(gather(rewards)))
-    both = torch.stack(of_all)  # [greedy and sampled, problems]
-    names = "eval_greedy", "eval_pass_rate", "eval_greedy_reward", "eval_reward"
-    columns = dict(zip(names, torch.cat([pass_rates(both), both.mean(dim=1)]).tolist()))
-    samples = [
-        {"question": x.question, "completion": text, "answer": x.answer, "reward": value}
-        for x, text, value in zip(problems[:4], texts, both[1].tolist())
-    ]
-    return columns, samples
-
-
-# ---------------------------- Gradient: of completions, in micro-batches --------------------------
-
-
-def split_rows(batch, rows, limits):
-    """Split rows of the batch into micro-batches of at most limits[0] tokens, counting padding and
-    each completion's copy of its prompt, and at most limits[1] completion tokens; a lone completion
-    may exceed both. Prompts with the longest completions come first, one prompt at a time."""
-    G, lengths = batch.lengths.shape[1], batch.lengths.flatten().tolist()
-    longest, width, length = batch.lengths.amax(dim=1).tolist(), 0, 0
-    parts: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: (-longest[row // G], row // G, -lengths[row])):
-        size = len(batch.prompts[row // G])
-        width, length = max(width, size), max(length, lengths[row])  # that all are padded to
-        n = len(parts[-1]) + 1 if parts else math.inf
-        if n * (width + length) > limits[0] or n * length > limits[1]:
-            parts.append([])
-            width, length = size, lengths[row]
-        parts[-1].append(row)
-    return parts
-
-
-def completion_logprobs(policy, batch, rows, config, forward=None):
-    """Log-probabilities [n, T] in nats of the rows' tokens; T is the longest row's length, and
-    entries past a row's end are 0. forward: the model with other weights, if needed. Every prompt
-    is encoded once. Completions are padded on the right, where none of their tokens sees it."""
-    forward, G, device = forward or policy.model, batch.lengths.shape[1], policy.model.device
-    lengths = batch.lengths.flatten()[rows]
-    tokens = batch.tokens.flatten(0, 1)[rows, : lengths.max()].to(device)  # [n, T]
-    own, copies = (torch.tensor(rows) // G).unique(return_inverse=True)
-    prompts = [batch.prompts[p] for p in own]
-    mask, cache, logits, _ = encode_prompts(policy, prompts, copies, forward)
-    logits = logits[:, None]
-    if tokens.shape[1] > 1:  # the last one leads to no other
-        mask = pad(mask, (0, tokens.shape[1] - 1), value=1)
-        later = extend(forward, tokens[:, :-1], mask, cache).logits
-        logits = torch.cat([logits, later], dim=1)  # [n, T, V]
-    logprobs = token_logprobs(logits.flatten(0, 1), tokens.flatten(), config.temperature)
-    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return torch.where(inside.to(device), logprobs.view_as(tokens), 0.0)
-
-
-def loss_gradient(policy, batch, rows, config, reference=None):
-    """The gradient of the loss of some rows of the batch, a tensor for each trained parameter.
-    reference: the forward of the KL term's policy, or None. Sets the rows' old_logprobs."""
-    gradient: Any = None
-    for part in split_rows(batch, rows, policy.limits):
-        with policy.guard():
-            logprobs = completion_logprobs(policy, batch, part, config)  # [n, T]
-            first = batch.old_logprobs.flatten(0, 1)[:, : logprobs.shape[1]]  # a view
-            old = first[part].to(logprobs)
-            old = torch.where(old.isnan(), logprobs.detach(), old)
-            first[part] = old.cpu()
-            advantages, weights = (
-                x.reshape(-1, 1)[part].to(logprobs) for x in (batch.advantages, batch.weights)
-            )
-            loss = policy_loss(logprobs, old, advantages, weights, config.clip)
-            if reference:
-                anchor = completion_logprobs(policy, batch, part, config, reference)
-                loss = loss + config.kl * (weights * k3_divergence(logprobs, old, anchor)).sum()
-            new = torch.autograd.grad(loss, [*policy.trained.values()], materialize_grads=True)
-        gradient = [a.float() + b for a, b in zip(gradient, new)] if gradient else new
-    return gradient or [torch.zeros_like(x) for x in policy.masters.values()]
-
-
-def make_optimizer(masters, config):
-    """Plain SGD, or AdamW without weight decay, which would erode what the start policy knows."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(masters, lr=config.lr)
-    return torch.optim.AdamW(masters, lr=config.lr, weight_decay=0.0, fused=True)
-
-
-# ------------- Measurement: the two halves of a group are two looks at its prompt -----------------
-
-SMALL = 1_000_000  # up to this many trained parameters, gradients are kept whole, measured often
-SKETCH = 65_537  # size of the sketch kept of a larger gradient; a prime
-
-
-def measure_half(policy, batch, rows, gradient, signs, config, probe, found):
-    """Append the measurements of one half of a prompt's group to the lists in `found`, by name.
-    gradient: this half's part of the update's gradient. It is rescaled to the half's own estimate
-    of the gradient of the expected reward (uphill): the mean over the half of leave-one-out
-    advantage * grad log pi. signs: for count_sketch, or None to keep vectors whole."""
-    G, n, rewards = batch.lengths.shape[1], len(rows), batch.rewards.flatten()[rows]
-    p = rows[0] // G
-    scaled = float(batch.scale[p] * batch.weights[p, 0])  # 0 if all rewards are equal
-    # Divide that out; leave-one-out advantages are G/(G-1) times those to the group's mean.
-    factor = -G / (G - 1) / n / scaled if scaled else 0.0
-    flat = [x.flatten() for x in gradient]
-    vector = torch.cat(flat) if signs is None else count_sketch(flat, signs, SKETCH)
-    vector = vector.float().cpu() * factor
-    found["vector"].append(vector)
-    if not probe:
-        return
-    norm = float(vector.norm())
-    found["curvature"].append(probe_curvature(policy, batch, rows, gradient, norm, config))
-    found["reward_std_half"].append(rewards.std(correction=0))
-    found["pass_rate_half"].append(pass_rates(rewards[None])[0])
-    # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
-    alike = torch.ones_like(batch.weights)
-    plain = replace(batch, advantages=-alike, weights=alike / G)
-    fisher = square(loss_gradient(policy, plain, rows, config))
-    found["fisher_half"].append(G**2 / n * fisher)
-
-
-def probe_curvature(policy, batch, rows, gradient, norm, config):
-    """Curvature of a prompt's expected reward along the gradient of one half (`rows`), from the
-    other half's samples, whose own leave-one-out baseline keeps out nearly all of that gradient's
-    noise. gradient: that gradient times a factor; norm: its norm without the factor. NaN for a
-    single such sample, or if `rows` all earn the same: their gradient is then due to the others."""
-    G, own = batch.lengths.shape[1], batch.rewards.flatten()[rows]
-    p = rows[0] // G
-    others = [row for row in range(p * G, p * G + G) if row not in rows]
-    if len(others) < 2 or own.max() == own.min():
-        return math.nan
-    parts, n = split_rows(batch, others, policy.limits), len(others)
-    rewards = batch.rewards.flatten()[sum(parts, [])]
-    # All weights in float32: a second difference drowns in bfloat16.
-    weights = {
-        name: x.float() for name, x in policy.model.named_parameters() if not x.requires_grad
-    }
-
-    def sequence_logprobs(parameters):
-        forward = with_weights(policy.model, weights | parameters)
-        found = (completion_logprobs(policy, batch, part, config, forward) for part in parts)
-        return torch.cat([logprobs.double().sum(dim=1).cpu() for logprobs in found])
-
-    # The gradient is a mean of advantage * grad log pi: divided by the rewards' deviation, its norm
-    # is about the slope of log pi along it.
-    slope = norm / float(batch.rewards[p].std(correction=0))
-    advantages, masters = (rewards - rewards.mean()) * n / (n - 1), policy.masters
-    direction = dict(zip(masters, gradient))  # up or down, the curvature is the same
-    return directional_curvature(sequence_logprobs, masters, direction, advantages, slope)
-
-
-def describe_measured(found, features, levels, G, geometry):
-    """What the measurements add to the step's log line, and as columns to the lines of its prompts.
-    found: from measure_half, 2 entries per prompt. features [P][D], levels [P]: of all prompts."""
-    vectors, line = torch.stack(found.pop("vector")).double(), {}  # [2P, D]
-    columns = {name: [*zip(values[::2], values[1::2])] for name, values in found.items()}
-    if found:
-        line["curvature"] = torch.tensor(found["curvature"], dtype=torch.float64).nanmean()
-    if geometry:
-        more, of_prompts = gradient_geometry(vectors[::2], vectors[1::2], G, levels)
-        line, columns = line | more, columns | of_prompts
-        x = torch.stack(features).double()
-        for name, y in (("feature_cos", x), ("feature_cos_centered", x - x.mean(dim=0))):
-            line[name] = pair_cosines(y @ y.T).abs().mean()
-    return line, columns
-
-
-# ------------------------- train: the algorithm, in the order it happens --------------------------
-
-
-def train(config, dataset=None, reward=None, stop=()):
-    """Train from the start policy to a saved model; everything is written to config.out.
-    dataset: problems to use instead of the task's, with columns question and answer.
-    reward(completion, answer) -> float: used instead of the task's. stop: once it contains a signal
-    number, the run ends between two steps. Returns the last evaluation. Raises InputError before a
-    run is begun or changed, RunError if the run cannot go on or was stopped."""
-    out, P, G = Path(config.out), config.prompts, config.group
-    if not config.resume and ((out / CHECKPOINT).exists() or (out / LOGS[0]).exists()):
-        raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR")
-    reward = reward or TASKS[config.task].reward
-    splits = load_problems(config, dataset, reward)
-    rank, size = join_processes(config)
-    policy = load_policy(config)
-    problems, held_out = (encode_problems(rows, policy, config) for rows in splits)
-    check_model(policy, max([problem.prompt for problem in problems], key=len), config)
-    mine, mine_held_out = (
-        range(rank * n // size, (rank + 1) * n // size) for n in (P, len(held_out))
-    )
-    masters, limit = [*policy.masters.values()], config.max_grad_norm or math.inf
-    optimizer, trained = make_optimizer(masters, config), sum(x.numel() for x in masters)
-    # The KL term's policy is the start policy, so it is copied before a checkpoint is loaded.
-    first = {name: x.detach().clone() for name, x in policy.trained.items() if config.kl}
-    reference = torch.no_grad()(with_weights(policy.model, first)) if first else None
-    signs, usual = None, 1 if trained <= SMALL else 25  # without signs gradients are kept whole
-    geometry_every = usual if config.geometry_every < 0 else config.geometry_every
-    probe_every = max(10, usual) if config.probe_every < 0 else config.probe_every
-    if trained > SMALL and (geometry_every or probe_every):
-        rng = torch.Generator(config.device).manual_seed(0)
-        signs = torch.randint(2, (trained,), generator=rng, device=rng.device, dtype=torch.int8)
-        signs = signs * 2 - 1
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error}") from error
-    gather([])  # all have seen what is in --out before the first process writes there
-    failed, start = 0, load_checkpoint(config, policy, optimizer, rank) if config.resume else 0
-    if rank == 0:
-        save_checkpoint(config, policy, optimizer, start)
-        print(
-            f"{config.task}: {len(problems):,} problems, "
-            f"reward {getattr(reward, '__name__', reward)}, at most "
-            f"{config.max_new_tokens} new tokens; norm {config.norm}, {config.optimizer} at "
-            f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
-        )
-
-    launched = 0.0
-    for step in range(start, config.steps + 1):
-        number = max(gather(list(stop)), default=0)  # together: all have taken the same steps
-        due = number or step == config.steps or step % config.save_every == 0
-        if rank == 0 and step > start and due:
-            save_checkpoint(config, policy, optimizer, step)
-        if number:
-            stopped = RunError(f"{signal.Signals(number).name}: add --resume to continue")
-            stopped.status = 128 + number
-            raise stopped
-        evaluation = {}
-        if step in (0, config.steps) or step % (config.eval_every or math.inf) == 0:
-            evaluation, samples = evaluate(policy, held_out, mine_held_out, size, reward, config)
-            if rank == 0:
-                append(out / LOGS[2], [{"step": step} | sample for sample in samples])
-        if step == config.steps:
-            break
-        began = time.perf_counter()
-        launched = launched or began
-
-        # Prompts, and a random number for each token that may be sampled: the same for every norm.
-        ids = prompt_rows(step, config, len(problems))  # [P] rows of the problems
-        own = [problems[ids[p]] for p in mine]  # [P'], this process's
-        uniforms = draw(config, TRAIN, step, mine, G)  # [P', G, T]
-
-        # Rollout and rewards.
-        batch = rollout(policy, [problem.prompt for problem in own], uniforms, config.temperature)
-        score(policy, batch, own, reward)
-        columns = batch.rewards, batch.lengths, batch.truncated, batch.entropy.sum(2)  # [P', G]
-        rewards, lengths, truncated, entropy = (  # [P, G] of all processes
-            torch.cat(gather([column])).double() for column in columns
-        )
-        sampled = time.perf_counter()
-
-        # Advantages: here REINFORCE (none) and GRPO (std) differ, and nowhere else.
-        advantages = group_advantages(rewards, config.norm)  # [P, G]
-        weights = token_weights(lengths, config.agg)  # [P, G]
-        scale = advantage_scale(rewards, config.norm)[:, 0]  # [P], to be measured and logged
-        batch.advantages, batch.weights, batch.scale = advantages[mine], weights[mine], scale[mine]
-
-        # Gradient: summed over micro-batches or, when measuring, over half groups; only one part's
-        # gradient is held at a time. Rows with zero advantage have none, unless there is a KL term.
-        geometry, probe = (e > 0 and step % e == 0 for e in (geometry_every, probe_every))
-        active = [row for row, A in enumerate(batch.advantages.flatten()) if A or reference]
-        lr = optimizer.param_groups[0]["lr"] = config.lr * min(1.0, (step + 1) / 10)
-        grad_norms, found = [], defaultdict(list)  # type: ignore[var-annotated]
-        for epoch in range(config.epochs):
-            for master in masters:
-                master.grad = torch.zeros_like(master)
-            parts: Any = split_rows(batch, active, policy.limits)
-            measured = (geometry or probe) and epoch == 0
-            if measured:
-                groups = torch.arange(len(mine) * G).view(-1, G)
-                parts = [half.tolist() for group in groups for half in group.tensor_split(2)]
-            for rows in parts:
-                live = [row for row in rows if row in active]
-                gradient = loss_gradient(policy, batch, live, config, reference)
-                for master, new in zip(masters, gradient):
-                    master.grad += new
-                if measured:
-                    measure_half(policy, batch, rows, gradient, signs, config, probe, found)
-                gradient = new = None  # the next pass needs the memory
-            for master in masters:
-                collective(dist.all_reduce, master.grad)
-            grad_norm = float(clip_grad_norm_(masters, limit))
-            # If the policy is NaN, every reward may be 0, making the gradient 0 rather than NaN.
-            grad_norms.append(grad_norm if entropy.isfinite().all() else math.nan)
-            if math.isfinite(grad_norms[-1]):
-                optimizer.step()
-                policy.publish()
-            optimizer.zero_grad()
-        updated = time.perf_counter()
-
-        # Log: a line speaks of the policy before this step's update.
-        std, rates = rewards.std(dim=1, correction=0), pass_rates(rewards)  # [P]
-        gaps = (batch.old_logprobs - batch.logprobs).abs().nan_to_num(-math.inf)
-        line = {
-            "step": step,
-            "reward": rewards.mean(),
-            "pass_rate": rates.mean(),
-            "reward_std": std.mean(),
-            "frac_all_right": (rates == 1).double().mean(),
-            "frac_all_wrong": (rewards == 0).all(dim=1).double().mean(),
-            "entropy": entropy.sum() / lengths.sum(),
-            "length": lengths.mean(),
-            "truncated": truncated.mean(),
-            "grad_norm": np.mean(grad_norms),
-            "clipped": any(grad_norm > limit for grad_norm in grad_norms),
-            "skipped": int(np.sum(~np.isfinite(grad_norms))),
-            "logprob_gap": max(gather([float(gaps.max())])),
-            "lr": lr,
-            "seconds_rollout": sampled - began,
-            "seconds_update": updated - sampled,
-            "tokens_per_second": lengths.sum() / (updated - began),
-        }
-        levels = [problems[row].level for row in ids]
-        per_prompt = {"step": [step] * P, "prompt": ids, "level": levels, "pass_rate": rates}
-        per_prompt |= {"reward_std": std, "scale": scale}
-        if geometry or probe:
-            of_all = {name: gather(values) for name, values in found.items()}
-            features = gather([*batch.features])
-            more_line, more_columns = describe_measured(of_all, features, levels, G, geometry)
-            line, per_prompt = line | more_line, per_prompt | more_columns
-        if rank == 0:
-            append(out / LOGS[0], [line | evaluation])
-            append(out / LOGS[1], [dict(zip(per_prompt, row)) for row in zip(*per_prompt.values())])
-            if evaluation or step % 10 == 0 or updated - began > 1:
-                held = f"  held out {evaluation['eval_reward']:.3f}" if evaluation else ""
-                pace = (updated - launched) / (step + 1 - start)
-                print(
-                    f"step {step:>5}/{config.steps}  reward {line['reward']:.3f}  "
-                    f"σ {line['reward_std']:.3f}  cut off {line['truncated']:.0%}  "
-                    f"{pace * (config.steps - step - 1) / 60:.1f} min left{held}",
-                    flush=True,
-                )
-        failed = failed + 1 if line["skipped"] == config.epochs else 0
-        if failed == 5:
-            raise RunError(f"no finite gradient in 5 steps in a row, up to {step}")
-
-    if rank == 0:
-        append(out / LOGS[0], [{"step": step} | evaluation])
-        model = policy.model.merge_and_unload() if config.lora else policy.model
-        model.save_pretrained(out / "model")
-        policy.tokenizer.save_pretrained(out / "model")
-        print(
-            f"held out {evaluation['eval_reward']:.3f}, greedy "
-            f"{evaluation['eval_greedy_reward']:.3f}; all in {out}\nnext: run with another --norm "
-            "(and --out, if given), then analyze.py with both directories"
-        )
-    if size > 1:
-        dist.destroy_process_group()
-    return evaluation
-
-
-# ------------------------------ Tasks, and rewards that check them --------------------------------
+# ------------------------------ Answers: rewards that check them ----------------------------------
 
 MAX_SPAN = 300  # characters; anything longer is not taken for an answer, and is slow to parse
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -932,23 +1029,11 @@ def exact_match(completion, answer):
     return float(completion == answer)
 
 
-# Defaults of a task; train, test: a JSONL file, or PATH[:NAME]:SPLIT of load_dataset.
-Task = namedtuple("Task", "train test model reward max_new_tokens lr instruction")
+REWARDS = {"exact_match": exact_match, "grade": grade}
+
+# ---------------------------------------- Data: problems ------------------------------------------
+
 Problem = namedtuple("Problem", "question answer level prompt")  # prompt: in the model's tokens
-QWEN = "Qwen/Qwen2.5-Math-1.5B"  # the paper's model
-LAST = "{question}\nReason step by step, then give the answer as a number on the last line: #### N"
-BOXED = "{question}\nReason step by step, and put the final answer within \\boxed{}."
-HERE = f"{Path(__file__).resolve().parent}/assets"
-LETTERS = f"{HERE}/letters/train.jsonl", f"{HERE}/letters/test.jsonl", f"{HERE}/letters/model"
-ARITH = f"{HERE}/arith/train.jsonl", f"{HERE}/arith/test.jsonl", f"{HERE}/arith/model"
-GSM8K = "openai/gsm8k:main:train", "openai/gsm8k:main:test", QWEN
-MATH = "DigitalLearningGmbH/MATH-lighteval:default:train", "HuggingFaceH4/MATH-500:default:test"
-TASKS = {
-    "letters": Task(*LETTERS, exact_match, 6, 2e-4, "{question}"),
-    "arith": Task(*ARITH, exact_match, 6, 3e-4, "{question}"),
-    "gsm8k": Task(*GSM8K, grade, 512, 1e-6, LAST),
-    "math": Task(*MATH, QWEN, grade, 1024, 1e-6, BOXED),
-}
 COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solution")
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
 
@@ -959,6 +1044,8 @@ def load_rows(source, graded, raw=None):
     it cannot be loaded, or if a row (counted from 1) lacks a question or an answer to grade."""
     try:
         if raw is None:
+            from datasets import Dataset, load_dataset
+
             path, *hub = [source] if Path(source).is_file() else source.split(":")
             raw = load_dataset(path, *hub[:-1], split=hub[-1]) if hub else Dataset.from_json(path)
     except Exception as error:  # what datasets raises has no common class
@@ -1009,70 +1096,154 @@ def encode_problems(rows, policy, config):
     return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]  # type: ignore[call-arg]
 
 
-def check_model(policy, prompt, config):
-    """Raises InputError if rollout or training fails with this model, or if the two disagree.
-    If the model overwrites tensors that autograd needs, sets a guard that keeps copies of them."""
-    kind = policy.model.config.model_type
-    refusal = f"model {config.model or config.task} ({kind}) cannot be used"
-    limit = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
-    for T in (2, 8):  # some layers have a way of their own for a single token
-        endless = replace(policy, eos_ids=[-1])
-        uniforms = torch.full((1, 2, min(T, config.max_new_tokens)), 0.5)
-        try:
-            batch = rollout(endless, [prompt], uniforms, config.temperature)
-            batch.advantages = batch.weights = torch.ones(1, 2)
-            try:
-                loss_gradient(policy, batch, [0, 1], config)
-            except RuntimeError:
-                policy.guard = torch.autograd.graph.allow_mutation_on_saved_tensors
-                loss_gradient(policy, batch, [0, 1], config)
-        except Exception as error:  # whatever another kind of model raises
-            reason = "no slot for its state" if isinstance(error, IndexError) else error
-            raise InputError(f"{refusal}: with a DynamicCache it fails: {reason}") from error
-        apart = float((batch.old_logprobs - batch.logprobs).abs().max())
-        if not apart <= limit:  # nor NaN
-            raise InputError(f"{refusal}: rollout and training differ by {apart:.2g} nats")
-
-
-# ------------------------ Files of a run, processes, and the command line -------------------------
+# --------------------------------------- Files of a run -------------------------------------------
 
 CHECKPOINT = "checkpoint/state.safetensors"
 LOGS = "metrics.jsonl", "prompts.jsonl", "samples.jsonl"
 MAY_CHANGE = {"steps", "eval_every", "save_every", "micro_batch", "device", "out", "resume"}
+MAY_CHANGE |= {"measure_every", "curvature"}
 
 
-def append(path, rows):
-    """Add one JSON line a row; a number that is not finite, which JSON lacks, becomes null."""
-    rows = json.loads(json.dumps(rows, default=Tensor.tolist), parse_constant=lambda name: None)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def pass_rates(rewards):
+    """Share of rewards equal to 1 in each row, [P, G] -> [P]; NaN (in the log: null) where one lies
+    outside [0, 1]."""
+    inside = (rewards.clamp(0, 1) == rewards).all(dim=1)
+    return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
 
 
-def save_checkpoint(config, policy, optimizer, step):
-    """One safetensors file with masters, optimizer state and the logs' sizes; replaces the previous
-    one atomically."""
-    out, tensors = Path(config.out), {}  # type: ignore[var-annotated]
+def log_step(run, step, ids, batch, active, grad_norms, seconds, measured, evaluation, pace):
+    """Write the step's lines, and say how far the run is. active: [P, G], which completions were
+    trained on. seconds: of rollout and update; pace: of whole steps on average. measured,
+    evaluation: what `measure` and `evaluate` returned, or None."""
+    config = run.config
+    rewards = everyone(batch.rewards)  # [P, G]
+    lengths = everyone(batch.lengths)
+    rates = pass_rates(rewards)  # [P]
+    reward_std = rewards.std(dim=1, correction=0)  # [P]
+    inside = torch.arange(batch.tokens.shape[2]) < batch.lengths[..., None]  # [P', G, T]
+    gaps = (batch.old_logprobs - batch.logprobs).abs()[inside & active[..., None]]
+    line = {
+        "step": step,
+        "reward": rewards.mean(),
+        "pass_rate": rates.mean(),
+        "reward_std": reward_std.mean(),
+        "frac_all_right": (rates == 1).double().mean(),
+        "frac_all_wrong": (rewards == 0).all(dim=1).double().mean(),
+        "entropy": everyone(batch.entropy.sum(dim=2)).sum() / lengths.sum(),
+        "length": lengths.mean(),
+        "truncated": everyone(batch.truncated).mean(),
+        "grad_norm": np.mean(grad_norms),
+        "clipped": any(norm > (config.max_grad_norm or math.inf) for norm in grad_norms),
+        "skipped": sum(not math.isfinite(norm) for norm in grad_norms),
+        "logprob_gap": everyone(torch.cat([gaps, gaps.new_tensor([-math.inf])]).amax()[None]).max(),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "seconds_rollout": seconds["rollout"],
+        "seconds_update": seconds["update"],
+        "tokens_per_second": lengths.sum() / sum(seconds.values()),
+    }
+    columns = {
+        "step": [step] * len(ids),
+        "prompt": ids,
+        "level": [run.problems[i].level for i in ids],
+        "pass_rate": rates,
+        "reward_std": reward_std,
+        "scale": advantage_scale(rewards, config.norm)[:, 0],
+    }
+    if measured:
+        line |= measured[0]
+        columns |= measured[1]
+    held_out = ""
+    if evaluation:
+        line |= evaluation[0]
+        held_out = f"  held out {evaluation[0]['eval_reward']:.3f}"
+        append(run, LOGS[2], [{"step": step} | sample for sample in evaluation[1]])
+    append(run, LOGS[0], [line])
+    append(run, LOGS[1], [dict(zip(columns, values)) for values in zip(*columns.values())])
+    if is_first() and (evaluation or step % 10 == 0 or pace > 1):
+        print(
+            f"step {step:>5}/{config.steps}  reward {line['reward']:.3f}  "
+            f"σ {line['reward_std']:.3f}  cut off {line['truncated']:.0%}  "
+            f"{pace * (config.steps - step - 1) / 60:.1f} min left{held_out}",
+            flush=True,
+        )
+
+
+def finish(run, evaluation):
+    """Write the last evaluation and the trained model, and say what is next; returns the
+    evaluation's columns."""
+    columns, samples = evaluation
+    folder = Path(run.config.out) / "model"
+    append(run, LOGS[2], [{"step": run.config.steps} | sample for sample in samples])
+    append(run, LOGS[0], [{"step": run.config.steps} | columns])
+    if is_first():
+        model = run.policy.model.merge_and_unload() if run.config.lora else run.policy.model
+        model.save_pretrained(folder)
+        run.policy.tokenizer.save_pretrained(folder)
+        print(
+            f"held out {columns['eval_reward']:.3f}, greedy {columns['eval_greedy_reward']:.3f}; "
+            f"all in {run.config.out}\nnext: run with another --norm (and --out, if given), "
+            "then analyze.py with both directories"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return columns
+
+
+def append(run, name, lines):
+    """Add JSON lines to a log; a number that is not finite, which JSON lacks, becomes null."""
+    text = json.dumps(lines, default=Tensor.tolist)
+    lines = json.loads(text, parse_constant=lambda name: None)
+    if is_first():
+        with (Path(run.config.out) / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def save_or_stop(run, step, stop):
+    """Save a checkpoint if one is due before this step, or if the run is to stop there: then also
+    raises RunError."""
+    config = run.config
+    # All processes have taken the same steps, so all stop here if one of them is told to.
+    signal_number = max(gather(list(stop)), default=0)
+    if signal_number or step == config.steps or step % config.save_every == 0:
+        save_checkpoint(run, step)
+    if signal_number:
+        stopped = RunError(f"{signal.Signals(signal_number).name}: add --resume to continue")
+        stopped.status = 128 + signal_number
+        raise stopped
+
+
+def save_checkpoint(run, step):
+    """One safetensors file with masters, optimizer state and the logs' sizes, by the first process;
+    replaces the previous one atomically."""
+    if not is_first():
+        return
+    out = Path(run.config.out)
     path = out / CHECKPOINT
-    for name, master in policy.masters.items():
-        parts = {"weights": master.detach(), **optimizer.state[master]}
-        tensors |= {f"{kind}.{name}": part for kind, part in parts.items() if part is not None}
+    tensors = {}
+    for name, master in run.policy.masters.items():
+        tensors[f"weights.{name}"] = master.detach()
+        for key, value in run.optimizer.state[master].items():
+            if value is not None:
+                tensors[f"{key}.{name}"] = value
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     logs = [out / name for name in LOGS if (out / name).exists()]
     sizes = {log.name: log.stat().st_size for log in logs}
-    state = json.dumps({"step": step, "logs": sizes, "config": asdict(config)})
+    settings = asdict(run.config)
+    state = json.dumps({"step": step, "logs": sizes, "config": settings})
     try:
         save_file(tensors, temporary, metadata={"state": state})
-        for file in (temporary, *logs):  # all on the disk before the previous one is gone
-            with file.open("rb") as descriptor:
-                os.fsync(descriptor.fileno())
+        for written in (temporary, *logs):  # all on the disk before the previous one is gone
+            with written.open("rb") as file:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        temporary.replace(out / "config.json")
     finally:  # on a full disk the previous one stays
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(config, policy, optimizer, rank):
+def load_checkpoint(config, policy, optimizer):
     """Restore weights, optimizer and logs as they were; returns the next step. Raises InputError,
     changing nothing on disk, for a damaged file, other settings or model, or missing log lines."""
     out = Path(config.out)
@@ -1080,10 +1251,10 @@ def load_checkpoint(config, policy, optimizer, rank):
     try:
         with safe_open(path, "pt", device=config.device) as file:
             state = json.loads(file.metadata()["state"])
-            then = {k: v for k, v in state["config"].items() if k not in MAY_CHANGE}
-            then, now = asdict(replace(config, **then)), asdict(config)  # settled in one way
-            # The dtype auto takes whatever the run had: its masters are float32.
-            differ = {k: (v, now[k]) for k, v in then.items() if now[k] not in (v, "auto")}
+            saved = state["config"]
+            now = asdict(config)
+            same = [key for key in now if key in saved and key not in MAY_CHANGE]
+            differ = {key: (saved[key], now[key]) for key in same if saved[key] != now[key]}
             if differ:
                 raise ValueError(f"other settings, saved and given: {differ}")
             if state["step"] > config.steps:
@@ -1091,31 +1262,44 @@ def load_checkpoint(config, policy, optimizer, rank):
             for name, size in state["logs"].items():
                 if (out / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
-            kinds = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118
+            kinds = {name.split(".")[0] for name in file.keys()} - {"weights"}  # noqa: SIM118
             for name, master in policy.masters.items():
-                parts = {kind: file.get_tensor(f"{kind}.{name}") for kind in kinds}
-                master.data.copy_(parts.pop("weights").view_as(master))
-                optimizer.state[master] = parts
+                master.data.copy_(file.get_tensor(f"weights.{name}").view_as(master))
+                optimizer.state[master] = {k: file.get_tensor(f"{k}.{name}") for k in kinds}
     except Exception as error:  # whatever a damaged file makes safetensors and torch raise
         raise InputError(f"cannot resume from {path}: {error}") from error
     policy.publish()
-    for log in (out / name for name in LOGS if rank == 0 and (out / name).exists()):
-        os.truncate(log, state["logs"].get(log.name, 0))
+    for log in (out / name for name in LOGS):
+        if is_first() and log.exists():
+            os.truncate(log, state["logs"].get(log.name, 0))
     return state["step"]
 
 
+# ----------------------------------------- Processes ----------------------------------------------
+
+
 def join_processes(config):
-    """This process's rank, and how many processes torchrun started; (0, 1) without torchrun.
-    Raises InputError."""
-    size, cuda = int(os.environ.get("WORLD_SIZE", 1)), "cuda" in config.device
-    if size > config.prompts:
-        raise InputError(f"{config.prompts} prompts a step are too few for {size} processes")
-    if size == 1:
-        return 0, 1
+    """Join the processes that torchrun started, if it did. Raises InputError."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    cuda = "cuda" in config.device
+    if world_size > config.prompts:
+        raise InputError(f"{config.prompts} prompts a step are too few for {world_size} processes")
+    if world_size == 1:
+        return
     if cuda:
         torch.cuda.set_device(config.device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    return dist.get_rank(), size
+
+
+def share(count):
+    """Which of `count` things are this process's, as a range."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return range(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def is_first():
+    """Whether this is the process that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def collective(operation, *arguments):
@@ -1128,47 +1312,69 @@ def collective(operation, *arguments):
         raise RunError(f"another process has stopped: {error}") from error
 
 
-def gather(part):
+def gather(values):
     """The lists of all processes, one after the other."""
-    parts = [part] * (dist.get_world_size() if dist.is_initialized() else 1)
-    collective(dist.all_gather_object, parts, part)
-    return sum(parts, [])
+    lists = [values] * (dist.get_world_size() if dist.is_initialized() else 1)
+    collective(dist.all_gather_object, lists, values)
+    return [value for each in lists for value in each]
 
 
-def settle(config):
-    """Check the settings, and fill in what depends on others. Raises InputError."""
-    least = {"group": 2, "geometry_every": -1, "probe_every": -1, "temperature": 1e-3}
+def everyone(values):
+    """A tensor's rows [n, ...] of all processes, in float64."""
+    return torch.cat(gather([values])).double()
+
+
+# --------------------------------------- The command line -----------------------------------------
+
+
+def resolve(config):
+    """The settings with everything filled in that was not given, and checked; of resolved ones,
+    the same. Raises InputError for a value that cannot be used."""
+    least = {"group": 2, "temperature": 1e-3}
     least |= dict.fromkeys(("prompts", "epochs", "save_every", "eval_problems"), 1)
-    for entry in fields(config):
-        name, value, allowed = entry.name, getattr(config, entry.name), get_args(entry.type)
-        if allowed and value not in allowed:
-            raise InputError(f"{name} is {value!r}, not one of {', '.join(allowed).strip(', ')}")
-        if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
-            raise InputError(f"{name} is {value}, not a finite number from {least.get(name, 0)} on")
-    if config.agg == "mean" or config.kl:
-        if max(config.geometry_every, config.probe_every) > 0:
-            raise InputError("agg mean and kl cannot be measured: leave out geometry and probe")
-        config.geometry_every = config.probe_every = 0
-    config.task = config.task or ("math" if config.model or config.data else "letters")
-    task = TASKS[config.task]
-    config.instruction = config.instruction or task.instruction
-    if "{question}" not in config.instruction:
+    least |= dict.fromkeys(("max_new_tokens", "micro_batch"), 1)
+    for entry in fields(Config):
+        value = getattr(config, entry.name)
+        parts = [get_args(part) or (part,) for part in get_args(entry.type)]  # of X | None, Literal
+        allowed = [x for part in parts for x in part if isinstance(x, str)]
+        if allowed and value not in (*allowed, entry.default):
+            raise InputError(f"{entry.name} is {value!r}, not one of {', '.join(allowed)}")
+        low = least.get(entry.name, 0)
+        if isinstance(value, (int, float)) and not low <= value < math.inf:
+            raise InputError(f"{entry.name} is {value}, not a finite number from {low} on")
+    filled: dict[str, Any] = {}
+    filled["task"] = config.task or ("math" if config.model or config.data else "letters")
+    task = TASKS[filled["task"]]
+    if config.lr is None:
+        if config.optimizer == "sgd":
+            raise InputError("sgd has no default rate: add --lr, from 0.01 to 0.5 on letters")
+        filled["lr"] = task.lr * (10 if config.lora else 1)
+    if config.max_new_tokens is None:
+        filled["max_new_tokens"] = task.max_new_tokens
+    if config.instruction is None:
+        filled["instruction"] = task.instruction
+    elif "{question}" not in config.instruction:
         raise InputError("instruction must contain {question}, where the problem goes")
-    config.max_new_tokens = config.max_new_tokens or task.max_new_tokens
-    config.lr = config.lr or task.lr * (10 if config.lora else 1)
-    if config.device in ("auto", "cuda"):  # each process of a machine takes the GPU of its number
-        cuda = config.device == "cuda" or torch.cuda.is_available()
-        config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
+    device = config.device
+    if device in (None, "cuda"):  # each process of a machine takes the GPU of its number
+        cuda = device == "cuda" or torch.cuda.is_available()
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
     try:
-        torch.empty(0, dtype=torch.float64, device=config.device)  # which the measurements need
+        torch.empty(0, dtype=torch.float64, device=device)  # which the measurements need
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device {config.device} cannot be used: {error}") from error
-    config.out = config.out or f"runs/{config.task}-{config.norm}-{config.seed}"
+        raise InputError(f"device {device} cannot be used: {error}") from error
+    filled["device"] = device
+    filled["out"] = config.out or f"runs/{filled['task']}-{config.norm}-{config.seed}"
+    if config.dtype is None:
+        settings = Path(filled["out"], "config.json")
+        filled["dtype"] = "bfloat16" if "cuda" in device else "float32"
+        if config.resume and settings.exists():  # a resumed run keeps the type that it had
+            filled["dtype"] = json.loads(settings.read_text())["dtype"]
+    return replace(config, **filled)
 
 
 def main(arguments=None):
     """The command line; returns the exit status."""
-    disable_progress_bars()
     transformers_logging.disable_progress_bar()
     about = str(__doc__).splitlines()[0]
     parser = HfArgumentParser(Config, prog="grpo.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
@@ -1176,15 +1382,20 @@ def main(arguments=None):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
+        if action.dest == "curvature":
+            action.nargs = "?"  # as for settings that are either true or false
+            action.const = True
+        if action.default is None:  # what is not given is not set
+            action.default = argparse.SUPPRESS
     received = []
 
-    def note(number, _):
-        received.append(number)  # a step is not left in the middle, where weights are half updated
-        signal.signal(number, signal.SIG_DFL)
+    def note(signal_number, _):
+        received.append(signal_number)  # not in the middle of a step: weights are half updated
+        signal.signal(signal_number, signal.SIG_DFL)
         os.write(2, b"\nstopping after this step, with a checkpoint (a second time: at once)\n")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, note)
     try:
         train(Config(**vars(parser.parse_args(arguments))), stop=received)
     except (RunError, OSError, SafetensorError) as error:
