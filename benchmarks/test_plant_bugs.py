@@ -1,6 +1,5 @@
 """Tests of plant_bugs.py, and of the list of bugs: each can still be planted."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,17 +14,27 @@ import plant_bugs  # noqa: E402
 from plant_bugs import Bug  # noqa: E402
 
 BUGS = plant_bugs.read_bugs(plant_bugs.LIST)
+FILES = ("grpo.py", "analyze.py")
 CALC = "def double(x):\n    return 2 * x\n\n\ndef half(x):\n    return x / 2\n"
 CAUGHT = Bug("thrice", "calc.py", "double", "hand", "2", "3")
 
 
 def test_list_has_bugs_that_can_be_planted():
-    sources = {
-        file: (ROOT / file).read_text(encoding="utf-8") for file in ("grpo.py", "analyze.py")
-    }
-    changed = [bug for bug in BUGS if plant_bugs.plant(sources[bug.file], bug) != sources[bug.file]]
-    assert changed == BUGS
+    sources = {file: (ROOT / file).read_text(encoding="utf-8") for file in FILES}
+    errors = []  # all of them: an edit of the code may move several
+    for bug in BUGS:
+        try:
+            assert plant_bugs.plant(sources[bug.file], bug) != sources[bug.file], bug.name
+        except ValueError as error:
+            errors.append(str(error))
+    assert errors == []
     assert len({bug.name for bug in BUGS}) == len(BUGS)
+
+
+def test_list_has_a_bug_in_every_function():
+    source = (ROOT / "grpo.py").read_text(encoding="utf-8")
+    changed = {bug.function for bug in BUGS if bug.file == "grpo.py"}
+    assert {*plant_bugs.definitions(source)} - changed == {"Batch"}  # it holds data alone
 
 
 def test_read_bugs_keeps_indented_lines_and_reasons(tmp_path):
@@ -57,32 +66,24 @@ def test_plant_refuses_a_bug_without_one_place(changes, message):
         plant_bugs.plant(CALC, replace(CAUGHT, **changes))
 
 
-def test_try_bugs_tells_caught_missed_known_and_equivalent_ones_apart(tmp_path, monkeypatch):
-    def run_tests(root, file, source, function, limit):  # whose tests look at double alone
-        failed = "" if "2 * x" in source else "test_double"
-        return {"test": failed, "seconds": 7.0}
+def test_try_bugs_tells_caught_missed_and_equivalent_ones_apart(tmp_path, monkeypatch):
+    def run_tests(root, file, source, function):  # whose tests look at double alone
+        return "" if "2 * x" in source else "test_double"
 
     monkeypatch.setattr(plant_bugs, "run_tests", run_tests)
     (tmp_path / "calc.py").write_text(CALC)
     missed = Bug("third", "calc.py", "half", "hand", "2", "3")
-    known = replace(missed, name="known")
     same = replace(CAUGHT, name="same", new="2.0", equivalent="2.0 equals 2")
-    earlier = {"known": {"name": "known", "test": "test_half", "seconds": 5.0}}
-    log = tmp_path / "log.jsonl"
-    said = plant_bugs.try_bugs(tmp_path, [CAUGHT, missed, known, same], earlier, log, 2, 60)
+    said = plant_bugs.try_bugs(tmp_path, [CAUGHT, missed, same], jobs=2)
     assert [" ".join(line.split()) for line in said] == [
-        "passed calc.py without a bug, 7 s",
-        "caught thrice double 7 s test_double",
-        "missed third half 7 s",
-        "caught known half 5 s test_half",
+        "caught thrice double test_double",
+        "missed third half",
         "equivalent same double 2.0 equals 2",
-        "calc.py: 2 of 3 bugs caught (66.7%), 1 equivalent ones",
+        "calc.py: 1 caught, 1 missed, 1 equivalent",
     ]
-    logged = [json.loads(line)["name"] for line in log.read_text().splitlines()]
-    assert sorted(logged) == ["third", "thrice"]
     (tmp_path / "calc.py").write_text(CALC.replace("2 *", "5 *"))
     with pytest.raises(ValueError, match="without a bug in calc.py a test fails: test_double"):
-        list(plant_bugs.try_bugs(tmp_path, [missed], {}, log, 1, 60))
+        list(plant_bugs.try_bugs(tmp_path, [missed], jobs=1))
 
 
 @pytest.fixture
@@ -100,10 +101,13 @@ def tree(tmp_path, monkeypatch):
 
 def test_run_tests_begins_with_those_that_name_the_function(tree):
     wrong = CALC.replace("2", "3")  # both tests fail
-    assert plant_bugs.run_tests(tree, "calc.py", wrong, "double", 60)["test"].endswith("_double")
+    assert plant_bugs.run_tests(tree, "calc.py", wrong, "double") == "test_calc.py::test_double"
+
+
+def test_run_tests_finds_nothing_wrong_with_what_is_right(tree):
+    assert plant_bugs.run_tests(tree, "calc.py", CALC, "double") == ""
 
 
 def test_run_tests_that_hang_have_failed(tree):
     endless = CALC.replace("return 2 * x", "while True: pass")
-    row = plant_bugs.run_tests(tree, "calc.py", endless, "double", 1)
-    assert row == {"test": "no end within 1 s", "seconds": 1}
+    assert plant_bugs.run_tests(tree, "calc.py", endless, "double", 1) == "no end within 1 s"
