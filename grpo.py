@@ -94,8 +94,8 @@ class Config:
     which also checks the others."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
-    task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default letters; own: math
-    model: str | None = None  # directory or hub name; default embedded, or Qwen/Qwen2.5-Math-1.5B
+    task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default: letters, or math
+    model: str | None = None  # directory or hub name; default: embedded, or Qwen/Qwen2.5-Math-1.5B
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
     data: str | None = None  # JSONL file, or PATH[:NAME]:SPLIT of the hub; default: the task's
     eval_data: str | None = None  # held-out problems; default: the task's, or a part of --data
@@ -106,9 +106,7 @@ class Config:
     max_new_tokens: int | None = None  # default: letters and arith 6, gsm8k 512, math 1024
     temperature: float = 1.0  # softmax temperature, the same for sampling and training
     steps: int = 250  # number of batches to sample; each gets --epochs updates
-    lr: float | None = (
-        None  # after warm-up; default letters 2e-4, arith 3e-4, else 1e-6 (LoRA 1e-5)
-    )
+    lr: float | None = None  # default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
     max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
@@ -116,15 +114,17 @@ class Config:
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
     micro_batch: int | None = None  # most tokens per training pass; default: 4096, or by vocabulary
-    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default bfloat16 on CUDA
-    device: str | None = None  # torch device; default cuda if there is one, else cpu
+    dtype: Literal["float32", "bfloat16"] | None = (
+        None  # of weights; default: bfloat16 on CUDA, else float32
+    )
+    device: str | None = None  # torch device; default: cuda if there is one, else cpu
     seed: int = 0  # random seed for the order of prompts and for sampling
     measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
-    curvature: bool | None = None  # measure curvature and Fisher, too; default: up to 1M weights
+    curvature: bool | None = None  # then also curvature and Fisher; default: up to 1M weights
     eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
     eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
     save_every: int = 50  # steps between checkpoints
-    out: str | None = None  # run directory; default runs/TASK-NORM-SEED
+    out: str | None = None  # run directory; default: runs/TASK-NORM-SEED, or after --model, --data
     resume: bool = False  # continue the run in --out
 
 
