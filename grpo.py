@@ -114,9 +114,7 @@ class Config:
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
     micro_batch: int | None = None  # most tokens per training pass; default: 4096, or by vocabulary
-    dtype: Literal["float32", "bfloat16"] | None = (
-        None  # of weights; default: bfloat16 on CUDA, else float32
-    )
+    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default: bfloat16 on CUDA
     device: str | None = None  # torch device; default: cuda if there is one, else cpu
     seed: int = 0  # random seed for the order of prompts and for sampling
     measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
@@ -525,73 +523,61 @@ SKETCH = 65_537  # size of the sketch kept of a larger gradient; a prime
 ROUNDING = 5  # error of a sequence's log-probability, in units of eps * (its size + 1)
 
 
-def measure(policy, batch, levels, config, optimizer=None):
+def measure(policy, batch, levels, config, optimizer):
     """Measure what the paper explains the division with: each prompt's gradient of its expected
-    reward, how the gradients relate and, with config.curvature, curvature and Fisher information.
-    A group's halves are two looks at its prompt, with noises of their own. Nothing of the update is
-    used or changed: no advantages, weights or `.grad`. levels: [P], of all processes' prompts.
-    Returns what the step's line in the log gets, and columns [P] for those of its prompts."""
+    reward, how the gradients relate, what each norm's step would teach, and with config.curvature
+    curvature and Fisher information. A group's halves are two looks at its prompt, with noises of
+    their own. Nothing of the update is used or changed, but that the length of its `.grad` is
+    taken. levels: [P], of all processes' prompts. Returns columns for the step's line in the log,
+    and columns [P] for its prompts' lines."""
     G = config.group
-    device = policy.model.device
-    lr = optimizer.param_groups[0]["lr"] if optimizer else math.nan
-    trained = sum(master.numel() for master in policy.masters.values())
-    signs = None
-    if trained > SMALL:  # the same in every step and process
-        stream = torch.Generator(device).manual_seed(0)
-        signs = torch.randint(2, (trained,), generator=stream, device=device, dtype=torch.int8)
-        signs = signs * 2 - 1
-    precise = None
-    if config.curvature:  # a second difference drowns in bfloat16, and if small in float32
-        parameters = dict(policy.model.named_parameters()) | policy.masters
-        count = sum(x.numel() for x in parameters.values())
-        wide = torch.float64 if count <= SMALL else torch.float32
-        precise = {name: x.detach().to(wide) for name, x in parameters.items()}
     masters = [*policy.masters.values()]
     diagonal = None
-    if config.agg != "mean" and not config.kl:  # of which the step is another
+    if config.agg != "mean" and not config.kl:  # with which a step is not what `progress` knows
         diagonal = step_diagonal(optimizer, masters)
-    roots = torch.full((1,), math.nan, device=device)  # so that what is not known becomes NaN
-    if diagonal is not None:
-        roots = torch.cat([d.flatten() for d in diagonal]).sqrt()
+    unknown = torch.full((1,), math.nan, device=policy.model.device)  # so what needs it is NaN
+    root = torch.cat([d.flatten() for d in diagonal]).sqrt() if diagonal else unknown
+    signs = sketch_signs(masters)
+    precise = precise_parameters(policy) if config.curvature else None
     halves = []
     for group in torch.arange(batch.lengths.numel()).view(-1, G):
-        first, second = group.tensor_split(2)
-        for rows, others in ((first, second), (second, first)):
-            more = rows.tolist(), others.tolist(), signs, roots, precise, config
-            halves.append(measure_half(policy, batch, *more))
+        first, second = (half.tolist() for half in group.tensor_split(2))
+        halves.append(measure_half(policy, batch, first, second, signs, root, precise, config))
+        halves.append(measure_half(policy, batch, second, first, signs, root, precise, config))
     halves = gather(halves)  # of all processes' prompts, in order: two a prompt
     vectors = torch.stack([half.pop("vector") for half in halves]).double()  # [2P, D]
-    line, columns = gradient_geometry(vectors[::2], vectors[1::2], G, levels)
     scaled = torch.stack([half.pop("scaled_vector") for half in halves]).double()
-    A, B = scaled[::2], scaled[1::2]
-    rewards = everyone(batch.rewards)
-    for norm in ("none", "std", "var", "batch"):
-        scale = advantage_scale(rewards, norm)[:, 0]
-        learnt, length = progress(A @ A.T, A @ B.T, B @ B.T, G, scale)
-        line[f"length_{norm}"] = lr * length
-        if norm != "batch":  # in which the other prompts' scales depend on a prompt's rewards
-            columns[f"progress_{norm}"] = (lr * learnt).tolist()
-    squares = [(d * x.grad**2).sum() for d, x in zip(diagonal or [], masters)]
-    line["length_taken"] = lr * sum(squares) ** 0.5 if squares else math.nan
+    line, columns = gradient_geometry(vectors[::2], vectors[1::2], G, levels)
+    for name in halves[0]:
+        values = [half[name] for half in halves]
+        columns[name] = [*zip(values[::2], values[1::2])]
+    if precise:
+        curvature = torch.tensor([half["curvature"] for half in halves], dtype=torch.float64)
+        line["curvature"] = curvature.nanmean()
     features = torch.stack(gather([*prompt_features(policy, batch.prompts)])).double()  # [P, D]
     centred = features - features.mean(dim=0)
     line["feature_cos"] = pair_cosines(features @ features.T).abs().mean()
     line["feature_cos_centered"] = pair_cosines(centred @ centred.T).abs().mean()
-    for name in halves[0]:
-        values = [half[name] for half in halves]
-        columns[name] = [*zip(values[::2], values[1::2])]
-    if config.curvature:
-        curvature = torch.tensor([half["curvature"] for half in halves], dtype=torch.float64)
-        line["curvature"] = curvature.nanmean()
+    lr = optimizer.param_groups[0]["lr"]
+    rewards = everyone(batch.rewards)
+    A, B = scaled[::2], scaled[1::2]
+    for norm in ("none", "std", "var", "batch"):
+        scale = advantage_scale(rewards, norm)[:, 0]
+        values, length = progress(A @ A.T, A @ B.T, B @ B.T, G, scale)
+        line[f"length_{norm}"] = lr * length
+        if norm != "batch":  # whose scale has a prompt's own rewards in it
+            columns[f"progress_{norm}"] = (lr * values).tolist()
+    taken = [(d * x.grad.square()).sum() for d, x in zip(diagonal or [], masters)]
+    line["length_taken"] = lr * sum(taken) ** 0.5 if taken else math.nan
     return line, columns
 
 
-def measure_half(policy, batch, rows, others, signs, roots, precise, config):
+def measure_half(policy, batch, rows, others, signs, root, precise, config):
     """What is measured of one half of a group, by name. rows, others: this half and the other one.
-    signs: for count_sketch, or None to keep the gradient whole. roots: of the step's diagonal, see
-    `progress`. precise: all parameters, by name, for curvature and Fisher information, or None. The
-    gradient, of the prompt's expected reward and uphill, is the mean of leave-one-out advantage *
-    grad log pi: the baseline is the whole group's, so that the halves' mean is its gradient."""
+    signs: for count_sketch, or None to keep the gradient whole. root: sqrt of the step's diagonal,
+    see `progress`. precise: all parameters, by name, for curvature and Fisher information, or None.
+    The gradient, of the prompt's expected reward, is the mean of leave-one-out advantage * grad log
+    pi: the baseline is the whole group's, so that the halves' mean is the group's gradient."""
     G = batch.lengths.shape[1]
     group_rewards = batch.rewards[rows[0] // G]
     rewards = batch.rewards.flatten()[rows]
@@ -601,16 +587,15 @@ def measure_half(policy, batch, rows, others, signs, roots, precise, config):
     weights = torch.full_like(batch.weights, 1 / len(rows))
     mean = replace(batch, advantages=advantages, weights=weights, old_logprobs=None)
     mixed = rows if group_rewards.max() > group_rewards.min() else []  # else rounding errors
-    gradient = [-x for x in loss_gradient(policy, mean, mixed, config)[0]]
-    flat = [x.flatten() for x in gradient]
+    downhill, _ = loss_gradient(policy, mean, mixed, config)
     if signs is None:
-        half["vector"] = torch.cat(flat).cpu()
-        half["scaled_vector"] = half["vector"] * roots.cpu()
+        half["vector"] = -torch.cat([x.flatten() for x in downhill]).cpu()
+        half["scaled_vector"] = half["vector"] * root.cpu()
     else:
-        half["vector"] = count_sketch(flat, signs, SKETCH).cpu()
-        half["scaled_vector"] = count_sketch(flat, signs * roots, SKETCH).cpu()
+        half["vector"] = -count_sketch(downhill, signs, SKETCH).cpu()
+        half["scaled_vector"] = -count_sketch(downhill, signs * root, SKETCH).cpu()
     if precise:
-        found = probe_curvature(policy, batch, rows, others, gradient, precise, config)
+        found = probe_curvature(policy, batch, rows, others, downhill, precise, config)
         half["curvature"], half["curvature_error"] = found
         # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
         mean = replace(mean, advantages=torch.ones_like(advantages))
@@ -730,6 +715,17 @@ def count_sketch(tensors, signs, size):
     return sums
 
 
+def sketch_signs(parameters):
+    """Signs for count_sketch, the same in every step and process; None for a small model, whose
+    gradients are kept whole."""
+    count = sum(x.numel() for x in parameters)
+    if count <= SMALL:
+        return None
+    device = parameters[0].device
+    stream = torch.Generator(device).manual_seed(0)
+    return torch.randint(2, (count,), generator=stream, device=device, dtype=torch.int8) * 2 - 1
+
+
 def square(tensors):
     """|v|^2 of tensors taken as one vector -> float. In float64: torch's float32 norm of 10^8
     numbers is off by a percent on a CPU."""
@@ -749,11 +745,21 @@ def prompt_features(policy, prompts):
     return ((states[-1].float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
 
 
-def probe_curvature(policy, batch, rows, others, gradient, precise, config):
+def precise_parameters(policy):
+    """All parameters, by name, in a type in which a second difference does not drown in rounding:
+    float64 for a small model, else float32."""
+    parameters = dict(policy.model.named_parameters()) | policy.masters
+    small = sum(x.numel() for x in parameters.values()) <= SMALL
+    dtype = torch.float64 if small else torch.float32
+    return {name: x.detach().to(dtype) for name, x in parameters.items()}
+
+
+def probe_curvature(policy, batch, rows, others, direction, precise, config):
     """Curvature, and its error by rounding, of the prompt's expected reward along the gradient of a
     half (`rows`), from the other half's samples, whose own leave-one-out baseline keeps out nearly
-    all of that gradient's noise. precise: all parameters, by name. NaN if the other half is a
-    single sample, or if `rows` all earn the same: their gradient is then due to the others."""
+    all of that gradient's noise. direction: that gradient, up or down. precise: all parameters, by
+    name. NaN if the other half is a single sample, or if `rows` all earn the same: their gradient
+    is then due to the others."""
     own = batch.rewards.flatten()[rows]
     n = len(others)
     if n < 2 or own.max() == own.min():
@@ -774,8 +780,8 @@ def probe_curvature(policy, batch, rows, others, gradient, precise, config):
     # The gradient is a mean of advantage * grad log pi: divided by the rewards' deviation, its norm
     # is about the slope of log pi along it.
     p = rows[0] // batch.lengths.shape[1]
-    slope = square(gradient) ** 0.5 / float(batch.rewards[p].std(correction=0))
-    direction = dict(zip(policy.masters, gradient))
+    slope = square(direction) ** 0.5 / float(batch.rewards[p].std(correction=0))
+    direction = dict(zip(policy.masters, direction))
     start = {name: precise[name] for name in policy.masters}
     return directional_curvature(sequence_logprobs, start, direction, advantages, slope)
 
@@ -831,41 +837,40 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
 
 @contextmanager
 def start_run(config, dataset, reward):
-    """The run, see prepare_run; at its end torch's threads and the directory are given back. What
-    one process cannot use ends all of them."""
+    """The run, see prepare_run, at its start or, with `resume`, where it was saved. What one
+    process cannot use ends all of them. At the end torch has its threads back."""
     join_processes(config)
-    run: Any = None
-    refused = []
-    try:
-        run = prepare_run(config, dataset, reward)
-    except InputError as error:
-        refused = [error]
-    refused = gather(refused)
-    if refused:
-        raise refused[0]
     threads = torch.get_num_threads()
-    if run.small and run.config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more gain nothing, and lose much beside another program
+    lock = None
     try:
+        refused = []
+        try:
+            run = prepare_run(config, dataset, reward)
+            lock = lock_directory(Path(run.config.out)) if is_first() else None
+            run.step = load_checkpoint(run) if run.config.resume else 0
+        except InputError as error:
+            refused = [error]
+        for refusal in gather(refused):
+            raise refusal
+        if run.small and run.config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # more gain nothing, and lose much beside another program
         yield run
     except (MemoryError, RuntimeError) as error:
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not exhausted and "can't allocate memory" not in str(error):  # as torch says on a CPU
             raise
-        smaller = (
-            "--resume with a smaller --micro-batch, or start again with --group or --lora less"
-        )
-        raise RunError(f"out of memory: {smaller}; {run.config.out} has the checkpoint") from error
+        advice = "--resume with a smaller --micro-batch, or begin with a smaller --group, or --lora"
+        raise RunError(f"out of memory: {advice}; the checkpoint stays") from error
     finally:
         torch.set_num_threads(threads)
-        if run.lock is not None:
-            os.close(run.lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def prepare_run(config, dataset, reward):
-    """All that a run works with, at its start or, with `resume`, where it was saved: the settings,
-    with everything filled in, policy, optimizer, reference (the forward of the KL term's policy, or
-    None), problems, held_out, reward, the first step to take. Writes nothing. Raises InputError."""
+    """All that a run works with: the settings, with everything filled in, policy, optimizer, the
+    forward of the KL term's policy, problems, held-out ones, reward, and hashes of what a resumed
+    run must have again. Writes nothing. Raises InputError."""
     config = resolve(config)
     reward = reward or REWARDS[TASKS[config.task].reward]
     training, held_out = load_problems(config, dataset, reward)
@@ -891,8 +896,6 @@ def prepare_run(config, dataset, reward):
     run.reward = reward
     run.optimizer = make_optimizer([*policy.masters.values()], config)
     run.hashes = fingerprint(problems, frozen.values())
-    run.lock = lock_directory(out) if is_first() else None
-    run.step = load_checkpoint(run) if config.resume else 0
     trained = sum(master.numel() for master in policy.masters.values())
     if is_first():
         print(
