@@ -962,7 +962,7 @@ def load_policy(config):
                 torch.manual_seed(0)  # the same start for every norm, seed and process
                 model = peft.get_peft_model(model, peft.LoraConfig(**adapters))
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
-        raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
+        raise InputError(f"cannot load or save model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would train another distribution than is sampled
     ends = kept["eos"]  # None, one id, or several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
