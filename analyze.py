@@ -47,7 +47,8 @@ PROMPTS = ["pass_rate", "reward_std", "grad_norm", "grad_sq_signal"]
 HALVES = ["pass_rate_half", "reward_std_half", "fisher_half", "curvature"]
 # Compared runs may differ in these: settings that are compared, or that do not change training.
 FREE = {"norm", "seed", "lr", "out", "resume", "steps", "device", "micro_batch", "save_every"}
-FREE |= {"eval_every", "geometry_every", "probe_every"}
+FREE |= {"eval_every", "measure_every", "curvature"}
+FREE |= {"geometry_every", "probe_every"}  # in logs of earlier versions
 # Okabe and Ito's, which everybody can tell apart.
 COLORS = {"std": "#D55E00", "none": "#0072B2", "var": "#E69F00", "batch": "#56B4E9"}
 COLORS |= {"hardest": "#CC79A7", "middle": "#009E73", "easiest": "#777777"}
@@ -79,7 +80,8 @@ def number(value: Any) -> float:
 def read_table(path: Path, keys: list[str], pairs: Sequence[str] = ()) -> tuple[pd.DataFrame, int]:
     """The lines of a log that have a step, each of `pairs` in two columns, and how many other lines
     there are (torn ones, say)."""
-    rows, skipped = [], 0
+    rows = []
+    skipped = 0
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
@@ -125,7 +127,8 @@ def read_run(path: Path) -> Run:
     binary = np.allclose(log["rate"], log["pass_rate"], equal_nan=True)
     if not binary:
         log["C"] = prompts["reward_std"] = prompts["pass_rate"] = math.nan
-    sides, group = [], config["group"]
+    sides = []
+    group = config["group"]
     for half, n in (("A", (group + 1) // 2), ("B", group // 2)):
         names = ["step", "level", *(key + half for key in HALVES)]
         side = prompts[names].set_axis(["step", "level", *HALVES], axis=1)
@@ -149,7 +152,8 @@ def mean_interval(values: Iterable[float]) -> list[float]:
     A bootstrap would not do: means of three to five resampled runs never leave the runs' range, and
     such intervals cover 75% to 94%.
     """
-    given, half = pd.Series([*values], dtype=float), math.nan
+    given = pd.Series([*values], dtype=float)
+    half = math.nan
     mean = float(given.mean(skipna=False))
     if len(given) > 2:
         half = float(stats.t.ppf(0.975, len(given) - 1) * given.sem(skipna=False))
@@ -175,7 +179,14 @@ def correlations(rows: pd.DataFrame) -> pd.Series:
     """Pearson's correlation of two columns in every group of the index that has three pairs and
     variation in both columns."""
     rows = rows.dropna().set_axis(["x", "y"], axis=1).round({"x": 9})  # rounding is no variation
-    return rows.groupby(rows.index.names).corr(min_periods=3)["y"].iloc[::2].dropna()
+    groups = rows.groupby(rows.index.names)
+    varied = (groups.max() > groups.min()).all(axis=1) & (groups.size() >= 3)
+    rows = rows - groups.transform("mean")
+    products = pd.DataFrame(
+        {"xy": rows["x"] * rows["y"], "xx": rows["x"] ** 2, "yy": rows["y"] ** 2}
+    )
+    sums = products.groupby(rows.index.names).sum()[varied]
+    return sums["xy"] / np.sqrt(sums["xx"] * sums["yy"])
 
 
 # -------------------------------------------- Phases ----------------------------------------------
@@ -186,7 +197,8 @@ def broken_lines(x: tuple[float, ...], count: int) -> tuple[np.ndarray, np.ndarr
     """All continuous broken lines over positions x [n] with `count` knots, level up to the first
     knot, which may be the very start. Returns their knots [lines, count], as indices of x, and
     orthonormal bases [lines, n, 1 + count] of the functions that bend at those knots."""
-    n, tenth = len(x), math.ceil(len(x) / 10)
+    n = len(x)
+    tenth = math.ceil(n / 10)
     sets = itertools.combinations([0, *range(tenth, n - tenth + 1)], count)
     apart = [s for s in sets if all(b - a >= m for a, b, m in zip(s, s[1:], (tenth, 3)))]
     knots = np.array(apart, int)
@@ -203,7 +215,8 @@ def best_lines(
     lines [draws, n, 1 + count], sums of squares left [draws]."""
     knots, bases = broken_lines(x, count)
     explained = np.square(bases.swapaxes(1, 2) @ y).sum(axis=1)  # [lines, draws]
-    best, total = explained.argmax(axis=0), np.square(y).sum(axis=0)
+    best = explained.argmax(axis=0)
+    total = np.square(y).sum(axis=0)
     left = np.maximum(total - explained.max(axis=0), 1e-12 * total + 1e-300)
     return knots[best], bases[best], left
 
@@ -227,7 +240,8 @@ def detect_phases(
     begins at its third knot, and II at its first one after the start. `intervals`: 95% intervals of
     the boundaries over resampled runs. `line`: the fitted line's corners. `claims`: each claim's
     effect, its 95% interval over runs (Student's t; []: fewer than three) and the verdict: "holds"
-    if the interval is within the claim's limits, "reversed" if outside, "not seen", "not measured".
+    if the interval is within the claim's limits, "reversed" if outside, "not seen", "not measured"
+    (an interval is missing, or I or III was measured fewer than three times).
     opens_in_II: the runs' lines rise in II. alike_in_I: the mean gap in I is within a quarter of
     that rise. stops_in_III: they gain less per step in III than half the rate of II.
     deviation_falls, orthogonality_falls: from I to III reward_std falls and cos_std grows. `found`:
@@ -242,18 +256,27 @@ def detect_phases(
         return result | {"reason": "Undecided: there is no gap, run --norm none, same seeds"}
     if len({values.shape for values in given}) > 1:
         raise ValueError("series of unequal shapes")
-    sigma, spread, gaps = (windows(pd.DataFrame(values, index)).dropna() for values in given)
+    sigma, spread, gaps = [windows(pd.DataFrame(values, index)).dropna() for values in given]
     if len(gaps) < 30:
         return result | {"reason": f"Undecided: {len(gaps)} windows with a gap, 30 are needed"}
-    y, at = gaps.to_numpy(), gaps.index.to_numpy()  # [windows, runs]
-    x, runs = tuple(map(float, at)), y.shape[1]
+    y = gaps.to_numpy()  # [windows, runs]
+    at = gaps.index.to_numpy()
+    x = tuple(map(float, at))
+    runs = y.shape[1]
 
     # The data first, then resampled runs. Noise that lasts over several windows looks like bends:
     # so BIC counts fewer windows than there are.
     rows = np.random.default_rng(0).integers(runs, size=(201 if runs > 2 else 1, runs))
     rows[0] = np.arange(runs)
-    drawn = y[:, rows].mean(axis=2)  # [windows, draws]
-    knots, bases, left = zip(*(best_lines(x, drawn, count) for count in range(4)), strict=True)
+    # Few runs are often drawn alike: a line for each different draw.
+    different, draw = np.unique(np.sort(rows, axis=1), axis=0, return_inverse=True)
+    drawn = y[:, different].mean(axis=2)  # [windows, different draws]
+    fits = [best_lines(x, drawn, count) for count in range(4)]
+    draw = draw.ravel()
+    drawn = drawn[:, draw]  # [windows, draws]
+    knots = [fit[0][draw] for fit in fits]
+    bases = [fit[1][draw] for fit in fits]
+    left = [fit[2][draw] for fit in fits]
     lines = (bases[3] @ (bases[3].swapaxes(1, 2) @ drawn.T[..., None]))[..., 0]  # [draws, windows]
     noise = drawn[:, 0] - lines[0]
     rho = np.clip((noise[1:] @ noise[:-1]) / max(noise @ noise, 1e-300), 0, 0.9)
@@ -266,7 +289,8 @@ def detect_phases(
     more = np.maximum(last, lines[:, -1]) - then > abs(then - start) / 4
     later = np.where(knots[3][:, :1] > 0, knots[3][:, ::2], knots[3][:, 1:])
     bends = np.where((three & more)[:, None], later, bends)
-    (first, second), bounds = bends[0], at[bends]
+    first, second = bends[0]
+    bounds = at[bends]
     result |= {"knots": int(scores[:, 0].argmin()), "boundaries": bounds[0].tolist()}
     if runs > 2:
         limits = np.quantile(bounds[1:], [0.025, 0.975], axis=0, method="nearest")
@@ -283,9 +307,11 @@ def detect_phases(
         result["claims"][name] = {"effect": effect, "interval": interval, "verdict": verdict}
 
     count = 3 if three[0] else 2
-    basis, ends = bases[count][0], {0, *knots[count][0], len(x) - 1}
+    basis = bases[count][0]
+    ends = {0, *knots[count][0], len(x) - 1}
     fit = basis @ (basis.T @ y)  # [windows, runs]
-    rise, after = fit[second] - fit[first], fit[-1] - fit[second]
+    rise = fit[second] - fit[first]
+    after = fit[-1] - fit[second]
     gain = abs(rise.mean())
     claim("alike_in_I", gaps.iloc[:first].mean(), -gain / 4, gain / 4)
     claim("opens_in_II", rise, 0, math.inf)
@@ -294,12 +320,14 @@ def detect_phases(
     result["line"] = [[int(at[i]), float(fit[i].mean())] for i in sorted(ends)]
     claims = result["claims"]
     failed = [name.replace("_", " ") for name in claims if claims[name]["verdict"] != "holds"]
-    for name, table, *signs in (
+    for name, table, above, below in (
         ("deviation_falls", sigma, -math.inf, 0),
         ("orthogonality_falls", spread, 0, math.inf),
     ):
-        change = table[table.index >= at[second]].mean() - table[table.index < at[first]].mean()
-        claim(name, change, *signs)
+        before = table[table.index < at[first]]
+        later = table[table.index >= at[second]]
+        change = later.mean() - before.mean()
+        claim(name, change if min(len(before), len(later)) > 2 else [math.nan], above, below)
 
     if runs < 3:
         reason = "Undecided: no interval over seeds, run three seeds or more"
@@ -308,7 +336,8 @@ def detect_phases(
     elif failed:
         reason = f"No three phases: these claims on the gap are not confirmed: {', '.join(failed)}"
     else:
-        result["found"], (opens, stops) = True, bounds[0]
+        result["found"] = True
+        opens, stops = bounds[0]
         reason = f"Three phases: alike to step {opens}, then the gap opens until step {stops}; it "
         reason += "then widens at less than half that rate, if at all"
         if (verdict := claims["orthogonality_falls"]["verdict"]) != "holds":
@@ -330,7 +359,8 @@ def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float
     reward_std: [P] standard deviations within prompts, at most 1/2 for rewards of 0 and 1. Prompts
     with NaN or without variance are left out. NaN if a sum is not above 0.
     """
-    squares, std = np.asarray(grad_squares, float), np.asarray(reward_std, float)
+    squares = np.asarray(grad_squares, float)
+    std = np.asarray(reward_std, float)
     present = np.isfinite(squares) & (std > 0)
     plain, once, twice = (float((squares[present] / std[present] ** k).sum()) for k in range(3))
     if min(plain, twice) <= 0:
@@ -346,10 +376,10 @@ def signed_law(halves: pd.DataFrame) -> dict[str, float]:
     measured, are tied to it. Returns `slope`, the covariance of the two over that of both halves'
     moments, which noise does not flatten, and `r`, Pearson's correlation, which noise does flatten.
     """
-    third, other, curvature = (halves[name] for name in ("third", "third_other", "curvature"))
-    true = third.cov(other)  # the moments' variance without noise
-    slope = third.cov(curvature) / true if true > 0 else math.nan
-    return {"slope": slope, "r": third.corr(curvature)}
+    third = halves["third"]
+    true = third.cov(halves["third_other"])  # the moments' variance without noise
+    slope = third.cov(halves["curvature"]) / true if true > 0 else math.nan
+    return {"slope": slope, "r": third.corr(halves["curvature"])}
 
 
 def signals(run: Run) -> pd.DataFrame:
@@ -474,7 +504,9 @@ def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
 def compare_levels(prompts: pd.DataFrame, norm: str) -> tuple[dict, dict, dict]:
     """For each part of the levels: a norm's gap to none, and the steps to halfway between none's
     start and end; the gap by tenths of the run; and the gap's series [steps, seeds]."""
-    table, tenths, curves = {}, defaultdict[str, dict[str, Any]](dict), {}
+    table = {}
+    tenths = defaultdict[str, dict[str, Any]](dict)
+    curves = {}
     last = prompts["step"].max()
     for name, levels in cut_levels(prompts).items():
         own = prompts[prompts["level"].isin(levels)]
@@ -497,17 +529,22 @@ def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict, dict, 
     """Over prompts, for all norms: how Fisher information correlates with reward variance, by part
     of the run and by side of pass rate 1/2, and how far the halves agree; the signed law; |mean
     curvature| over mean variance, by level; and Fisher's correlations [steps, (name, seed)]."""
-    third = halves["step"] * 3 // (last + 1)
-    cuts = {"all": third >= 0} | {f"third {k + 1} of the run": third == k for k in range(3)}
-    cuts |= {f"pass rate {sign} ½": halves.eval(f"pass_rate_half {sign} 0.5") for sign in "<>"}
     pairs = {"same half": ["variance", "fisher_half"]}
     pairs["across halves"] = ["variance_other", "fisher_half"]
     pairs["reliability of Fisher"] = ["fisher_half", "fisher_half_other"]
     pairs["and of the variance"] = ["variance", "variance_other"]
-    found = {}
-    for cut, chosen in cuts.items():
-        part = halves[chosen].set_index(["norm", "seed", "step"])
-        found[cut] = {name: correlations(part[pair]) for name, pair in pairs.items()}
+
+    def correlate(part: pd.DataFrame) -> dict[str, pd.Series]:
+        part = part.set_index(["norm", "seed", "step"])
+        return {name: correlations(part[pair]) for name, pair in pairs.items()}
+
+    found = {"all": correlate(halves)}
+    for k in range(3):
+        own = f"step * 3 // {last + 1} == {k}"
+        parts = {name: r[r.index.to_frame().eval(own)] for name, r in found["all"].items()}
+        found[f"third {k + 1} of the run"] = parts
+    for sign in "<>":
+        found[f"pass rate {sign} ½"] = correlate(halves.query(f"pass_rate_half {sign} 0.5"))
     fisher = {
         cut: {name: mean_interval(r.groupby("seed").mean()) for name, r in row.items()}
         for cut, row in found.items()
@@ -535,18 +572,22 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     values = ["rate", "reward_std", "cos_mean", "cos_std"]
     wide = log.pivot(index="step", columns=["norm", "seed"], values=values)
     wide = wide.reindex(columns=norms, level="norm")
-    rates, plain = wide["rate"], wide["rate"].get("none", pd.DataFrame())
+    rates = wide["rate"]
+    plain = rates.get("none", pd.DataFrame())
     gaps = rates.sub(plain, level="seed").drop(columns="none", errors="ignore")
     gaps = gaps.dropna(axis=1, how="all")
-    gap, seeds = (gaps[main].T, gaps[main].columns) if main in gaps else (None, rates[main].columns)
-    sigma, spread = (wide[name, main][seeds].T for name in ("reward_std", "cos_std"))
+    gap = gaps[main].T if main in gaps else None
+    seeds = rates[main].columns if gap is None else gap.index
+    sigma = wide["reward_std", main][seeds].T
+    spread = wide["cos_std", main][seeds].T
     phases = detect_phases(gap, sigma, spread, wide.index)
 
     # The norms: pass rates, steps to a goal, and for pairs of runs the gap, the speed-up and its
     # prediction.
     ends = rates.apply(lambda rate: rate.dropna().iloc[-max(1, rate.count() // 10) :].mean())
     goal = 0.9 * ends.groupby("norm").mean().min() if target is None else target
-    reached, table = rates.apply(reach, level=goal), {}
+    reached = rates.apply(reach, level=goal)
+    table = {}
     for norm in norms:
         row: dict[str, Any] = {"runs": len(ends[norm]), "end": mean_interval(ends[norm])}
         row["held out"] = mean_interval(held_out[norm])
@@ -698,7 +739,8 @@ def draw(path: Path, title: str, found: dict[str, Any], lines: dict[str, Any]) -
     """phases.png: series over steps, means of a twentieth of the run with 95% intervals over seeds.
     A colour is one norm or one part of the levels, black is anything else."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
-    axes, phases = figure.subplots(2, 3).ravel(), found["phases"]
+    axes = figure.subplots(2, 3).ravel()
+    phases = found["phases"]
     for axis, (name, parts) in zip(axes, lines.items()):
         axis.set(title=name, xlabel="training step", ymargin=0.1)
         for label, style in zip(parts.columns.unique(0), ["-", "--", ":", "-."]):
@@ -734,7 +776,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--target", type=float, help="pass rate to reach; else 0.9 of the lowest final one")
     add("--out", type=Path, help="directory of report and picture")
     given = parser.parse_args(arguments)
-    runs, problems = [], []
+    runs = []
+    problems = []
     for path in {path.resolve(): path for path in given.runs if not path.is_file()}.values():
         try:
             runs.append(read_run(path))
@@ -743,11 +786,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not runs:
         parser.error(f"no run to read: {'; '.join(problems) or 'no directory'}")
 
-    table, groups = tabulate(runs), dict[str, dict[str, Any]]()
+    table = tabulate(runs)
+    groups: dict[str, dict[str, Any]] = {}
     again = table.duplicated(["title", "norm", "lr", "seed"])
     there = "its norm, rate and seed are there already"
     problems += [f"{run.path}: {there}" for run in table[again]["run"]]
-    report, pictures = "# Three phases?\n", []
+    report = "# Three phases?\n"
+    pictures = []
     for title, rows in table[~again].groupby("title", sort=False):
         groups[title] = {}
         report += f"\n# Runs with {title}\n"
