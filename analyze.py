@@ -1,17 +1,17 @@
-"""Does training show the paper's three phases, and do its reasons hold? Read from grpo.py's logs.
+"""What dividing by the standard deviation would do, and what it did, from grpo.py's logs.
 
-    python analyze.py runs/*-std-* runs/*-none-*    # five seeds or more: phases, tables, theory
-    python analyze.py runs/letters-std-0            # one run: its tables, and no verdict
+    python analyze.py runs/letters-none-0           # one run: what each norm would teach, and whom
+    python analyze.py runs/*-std-* runs/*-none-*    # pairs, three seeds or more: what it did, too
 
-The report goes to the terminal and to analysis.md, its numbers go to analysis.json, and a picture
-of the first comparison to phases.png: in the run's directory (of several runs, the directory that
-holds them), or in --out.
+The terminal shows what one wants to know first. The whole report goes to analysis.md, its numbers
+to analysis.json, and a picture of the first comparison to phases.png: in the run's directory (of
+several runs, the directory that holds them), or in --out.
 
-The paper (Ge et al., arXiv 2601.23135) compares advantages that are divided by the standard
-deviation (std) with those that are not (none), and sees three phases in the gap between their pass
-rates: in I there is none, in II it opens, in III it no longer widens. The paper's reasons: first
-the rewards' deviation leaves its maximum, then the prompts' gradients lose their orthogonality.
-Not finding the phases is a result, too.
+Advantages are divided by the rewards' standard deviation (std), their variance (var) or nothing
+(none). The paper (Ge et al., arXiv 2601.23135) sees three phases in the gap between std and none: I
+there is none, II it opens, III it no longer widens; as reasons that the deviation leaves its
+maximum, then that gradients grow less orthogonal. A mere speed-up may look the same, so the gap is
+also split into a common speed-up and a reallocation between problems.
 """
 
 import argparse
@@ -24,16 +24,17 @@ import os
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import ndimage, optimize, stats
 
 # ----------------------------------------- Reading logs -------------------------------------------
 
@@ -42,9 +43,14 @@ PAIRS = {"": "all pairs", "_within": "of one level", "_between": "of two levels"
 METRICS = ["pass_rate", "reward", "reward_std", "eval_pass_rate", "eval_reward", "feature_cos"]
 METRICS += ["feature_cos_centered", "n_gradients", "cos_mean", "cos_std", "cos_positive"]
 METRICS += ["cos_small", "interference", "signal_share"]
+NORMS = ["none", "std", "var"]  # whose progress is logged
+LENGTHS = [f"length_{kind}" for kind in (*NORMS, "batch", "taken")]
 SIGNALS = [f"{value}{pairs}" for pairs in PAIRS for value in ("cos_signal", "cos_sq_signal")]
-PROMPTS = ["pass_rate", "reward_std", "grad_norm", "grad_sq_signal"]
+PROMPTS = ["pass_rate", "reward_std", "grad_sq_signal"]
 HALVES = ["pass_rate_half", "reward_std_half", "fisher_half", "curvature"]
+HALVES += [f"progress_{norm}" for norm in NORMS]
+TABLES = ["log", "prompts", "halves"]  # of a Run
+FIRST = 10  # the first step whose progress counts: before, Adam's moments are young
 # Compared runs may differ in these: settings that are compared, or that do not change training.
 FREE = {"norm", "seed", "lr", "out", "resume", "steps", "device", "micro_batch", "save_every"}
 FREE |= {"eval_every", "measure_every", "curvature"}
@@ -68,7 +74,7 @@ class Run:
     # One row per prompt and step: PROMPTS, level (a text, or None).
     prompts: pd.DataFrame
     # One row per half of a group: step, level, HALVES, its rewards' unbiased variance and third
-    # central moment; with `_other`, the other half's variance, third moment and fisher_half.
+    # central moment; with `_other`, the other half's variance, third moment, pass rate and Fisher.
     halves: pd.DataFrame
 
 
@@ -106,8 +112,12 @@ def read_run(path: Path) -> Run:
     """Read a run's directory. Raises ValueError where it has no readable settings or no step."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        log, skipped = read_table(path / "metrics.jsonl", METRICS + SIGNALS)
+        log, skipped = read_table(path / "metrics.jsonl", METRICS + SIGNALS + LENGTHS)
         prompts, more = read_table(path / "prompts.jsonl", PROMPTS, HALVES)
+    except FileNotFoundError as error:
+        inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
+        held = f"no run, but a directory of runs: {' '.join(inside)}" if inside else error.strerror
+        raise ValueError(f"{path}: {held}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
     config = config if isinstance(config, dict) else {}
@@ -135,7 +145,7 @@ def read_run(path: Path) -> Run:
         side["variance"] = side["reward_std_half"] ** 2 * n / max(1, n - 1)
         third = side["variance"] * (1 - 2 * side["pass_rate_half"]) * n / max(1, n - 2)
         sides.append(side.assign(third=third if binary and n > 2 else math.nan))
-    crossed = ["fisher_half", "variance", "third"]
+    crossed = ["fisher_half", "variance", "third", "pass_rate_half"]
     halves = [a.join(b[crossed].add_suffix("_other")) for a, b in (sides, sides[::-1])]
     given = log, prompts, pd.concat(halves).dropna(subset="reward_std_half")
     tables = [table.assign(norm=config["norm"], seed=config["seed"]) for table in given]
@@ -348,26 +358,6 @@ def detect_phases(
 # --------------------------------------------- Laws -----------------------------------------------
 
 
-def predicted_gain(grad_squares: ArrayLike, reward_std: ArrayLike) -> list[float]:
-    """How much further plain gradient ascent climbs with steps of 1/sigma for each prompt than with
-    one step size for all, each as long as its bound allows, if prompts are orthogonal and curvature
-    is proportional to sigma: sum(|g|^2/sigma) / sum(|g|^2) / 2. Returns that and its two factors.
-
-    The common rate, sqrt(sum(|g|^2/sigma^2) / sum(|g|^2)) / 2, is how much longer the whole step
-    is (Adam undoes a constant one); the allocation, the cosine of the two steps, is at most 1.
-    grad_squares: [P] squared norms of prompt gradients, or estimates of them without noise;
-    reward_std: [P] standard deviations within prompts, at most 1/2 for rewards of 0 and 1. Prompts
-    with NaN or without variance are left out. NaN if a sum is not above 0.
-    """
-    squares = np.asarray(grad_squares, float)
-    std = np.asarray(reward_std, float)
-    present = np.isfinite(squares) & (std > 0)
-    plain, once, twice = (float((squares[present] / std[present] ** k).sum()) for k in range(3))
-    if min(plain, twice) <= 0:
-        return [math.nan] * 3
-    return [once / plain / 2, math.sqrt(twice / plain) / 2, once / math.sqrt(plain * twice)]
-
-
 def signed_law(halves: pd.DataFrame) -> dict[str, float]:
     """Fit curvature against V(1 - 2p), with an intercept; V is the reward variance p(1 - p).
 
@@ -425,12 +415,187 @@ def cut_levels(prompts: pd.DataFrame) -> dict[str, list[str]]:
     early = prompts[prompts["step"] <= prompts["step"].max() / 10]
     order = early.groupby("level")["pass_rate"].mean().dropna().sort_values().index
     if len(order) < 3:
-        return {level: [level] for level in order}
+        return {f"level {level}": [level] for level in order}
     shares = prompts["level"].value_counts(normalize=True)[order].cumsum().to_numpy()
     cuts = itertools.combinations(range(1, len(order)), 2)
     a, b = min(cuts, key=lambda cut: abs(shares[np.subtract(cut, 1)] - [1 / 3, 2 / 3]).sum())
     parts = {"hardest": order[:a], "middle": order[a:b], "easiest": order[b:]}
     return {f"{name}: {', '.join(part)}": [*part] for name, part in parts.items()}
+
+
+# --------------------------- Progress: what each norm would teach, and whom -----------------------
+
+
+def run_interval(sums: pd.Series, counts: pd.Series) -> list[float]:
+    """Mean of a value over prompts, and its 95% interval from one run's measured steps: sums [n]
+    over the prompts of a step, counts [n] of these; no interval (NaN) below eight steps. The error
+    is that of differences between successive steps, in which the value's drift cancels: of
+    d = sums - mean counts, sqrt(n / (2 (n - 1)) sum (d_(i+1) - d_i)^2) / sum counts."""
+    mean = sums.sum() / counts.sum() if counts.any() else math.nan
+    n = len(sums)
+    half = math.nan
+    if n >= 8 and counts.any():
+        squares = (sums - mean * counts).diff().pow(2).sum()
+        half = stats.t.ppf(0.975, n - 1) * math.sqrt(n / (2 * n - 2) * squares) / counts.sum()
+    return [float(mean), float(mean - half), float(mean + half)]
+
+
+def smooth_rates(prompts: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean pass rate of each group of prompts at every step, smoothed over steps by a Gaussian of
+    2.5 steps: [groups, steps]."""
+    means = prompts.pivot_table("pass_rate", by, "step")
+    means = means.reindex(columns=range(prompts["step"].max() + 1))
+    means = means.interpolate(axis=1, limit_direction="both")
+    means[:] = ndimage.gaussian_filter1d(means.to_numpy(), 2.5, axis=1, mode="nearest")
+    return means
+
+
+def same_length(log: pd.DataFrame) -> pd.Series:
+    """How many times as long as a norm's the steps of one run were: sqrt(sum of length_taken^2 /
+    sum of the norm's length^2) over its measured steps. Multiplied by it, progress is that of steps
+    of one length."""
+    squares = log[LENGTHS].dropna(subset=["length_taken", "length_none"]) ** 2
+    sums = squares.sum().replace(0, math.nan)
+    return np.sqrt(sums["length_taken"] / sums).rename(lambda name: name.removeprefix("length_"))
+
+
+def foretell(runs: list[Run], parts: dict[str, list[str]], stop: int) -> dict[str, Any]:
+    """What steps of each norm would teach, all as long as those taken: points of reward per 100
+    steps, by runs of one norm in steps FIRST to `stop` - 1. Empty if progress was not measured.
+
+    parts: levels of the hardest, middle and easiest prompts. Without any, prompts are divided by
+    their pass rate, each half of a group by that of the other half, which shares no noise with it.
+    Returns `rows` by part and level; `rate`, how long std's steps are at one learning rate, over
+    none's; r and slope of what was learnt on what was foretold, in `cells` of level and ten steps.
+    """
+    log, prompts, halves = (pd.concat([getattr(run, name) for run in runs]) for name in TABLES)
+    log = log[log["step"].between(FIRST, stop - 1)]
+    lengths = {seed: same_length(own) for seed, own in log.groupby("seed")}
+    scales = pd.DataFrame(lengths, index=NORMS)
+    rows = halves[halves["step"].between(FIRST, stop - 1)].fillna({"level": ""})
+    for norm in NORMS:
+        points = 100 * 100 * rows[f"progress_{norm}"]  # of reward, in 100 steps
+        rows[norm] = points * rows["seed"].map(scales.loc[norm])
+    rows = rows.dropna(subset=NORMS)
+    if rows.empty:
+        return {}
+    rows["std less none"] = rows["std"] - rows["none"]
+    levels = [*itertools.chain(*parts.values())]
+    bins = {name: rows["level"].isin(own) for name, own in parts.items()}
+    if len(levels) > 3:
+        bins |= {f"level {level}": rows["level"] == level for level in levels}
+    if not levels:
+        third = np.ceil(3 * rows["pass_rate_half_other"] - 1e-9).clip(1)
+        names = "pass rate up to ⅓", "pass rate up to ⅔", "pass rate above"
+        bins = {name: third == k for k, name in enumerate(names, 1)}
+    bins["all"] = rows["step"] >= 0
+
+    curves = 100 * smooth_rates(prompts.fillna({"level": ""}), ["level"])  # learnt by these runs
+    end = min(stop, curves.columns.max()) if len(curves) else 0
+    measured = rows.groupby(["seed", "step"]).size().index
+    table = {}
+    for name, chosen in bins.items():
+        part = rows[chosen]
+        row = {"share": len(part) / len(rows), "pass rate": part["pass_rate_half"].mean()}
+        groups = part.groupby(["seed", "step"])
+        counts = groups.size().reindex(measured, fill_value=0)
+        for key in (*NORMS, "std less none"):
+            sums = groups[key].sum().reindex(measured, fill_value=0)
+            of_runs = [run_interval(sums[seed], counts[seed]) for seed in measured.unique("seed")]
+            row[key] = of_runs[0] if len(runs) == 1 else mean_interval(mean for mean, *_ in of_runs)
+        if end > FIRST and (levels or name == "all"):
+            curve = curves.loc[part["level"].unique()].mean()
+            row["learnt"] = 100 * (curve[end] - curve[FIRST]) / (end - FIRST)
+        table[name] = row
+
+    norm = runs[0].config["norm"] if runs[0].config["norm"] in NORMS else "none"
+    by_cell = rows.groupby(["level", rows["step"] // 10 * 10])[norm].mean()
+    cells = []
+    for (level, start), points in by_cell.items():
+        if start < end:
+            then = min(start + 10, end)
+            learnt = curves.at[level, then] - curves.at[level, start]
+            cells.append([points * (then - start) / 100, learnt])
+    both = pd.DataFrame(cells, columns=["foretold", "learnt"], dtype=float)
+    r = both["foretold"].corr(both["learnt"], min_periods=3)
+    slope = r * both["learnt"].std() / both["foretold"].std()
+    rate = float((scales.loc["none"] / scales.loc["std"]).mean())
+    return {"rows": table, "rate": rate, "r": r, "slope": slope, "cells": len(cells)}
+
+
+def at_equal_progress(
+    prompts: pd.DataFrame, norm: str, parts: dict[str, list[str]]
+) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Divide a norm's gap to none, in points, into a common part, none_l(phi(t)) - none_l(t), and a
+    reallocation, norm_l(t) - none_l(phi(t)), for each part of the levels l.
+
+    Pass rates of a level are smoothed and made monotone; phi(t) is the step at which none's mean
+    over levels is what the norm's is at t. Means over the steps before the window's end, which is
+    returned too: the first step at which a run is above all that its partner reached, or none has
+    made 90% of its rise (on a plateau phi is arbitrary). Intervals are over seeds.
+    """
+    rates = 100 * smooth_rates(prompts, ["norm", "seed", "level"])
+    rates[:] = [optimize.isotonic_regression(row).x for row in rates.to_numpy()]
+    overall = rates.groupby(["norm", "seed"]).mean()
+    both = overall.loc[norm].index.intersection(overall.loc["none"].index)
+    of_norm = overall.loc[norm].loc[both]
+    of_none = overall.loc["none"].loc[both]
+    typical = of_none.mean()
+    risen = typical >= typical.iloc[0] + 0.9 * (typical.iloc[-1] - typical.iloc[0])
+    above = of_norm.gt(of_none.iloc[:, -1], axis=0).any()
+    stop = int(np.argmax(risen | above))
+    steps = np.arange(rates.shape[1])
+    names = f"gap, {norm} − none", "common speed-up", "reallocation"
+    table = {}
+    for name, levels in parts.items():
+        values = []
+        for seed in both:
+            ours = rates.loc[norm, seed].reindex(levels).mean()
+            none = rates.loc["none", seed].reindex(levels).mean()
+            phi = np.interp(of_norm.loc[seed], of_none.loc[seed], steps)
+            sped_up = np.interp(phi, steps, none)
+            curves = pd.DataFrame({0: ours - none, 1: sped_up - none, 2: ours - sped_up})
+            values.append(curves[:stop].mean())
+        table[name] = {key: mean_interval(own) for key, own in zip(names, np.transpose(values))}
+    return stop, table
+
+
+def opposite_signs(hardest: pd.DataFrame, middle: pd.DataFrame) -> str:
+    """In how many seeds, at most, the hardest third's gap is above 0 and the middle one's below in
+    a tenth of the run: gaps [steps, seeds]. Chance: the 95% quantile of that maximum with each
+    seed's norms swapped at random."""
+    tenth = hardest.index * 10 // (hardest.index[-1] + 1)
+    signs = np.sign(hardest.groupby(tenth).mean())
+    signs = signs.where(signs == -np.sign(middle.groupby(tenth).mean()), 0)  # [tenths, seeds]
+    counts = (signs > 0).sum(axis=1)
+    swaps = np.random.default_rng(0).choice([-1, 1], size=(2000, 1, signs.shape[1]))
+    chance = (signs.to_numpy() * swaps > 0).sum(axis=2).max(axis=1)
+    own = hardest.index[tenth == counts.idxmax()]
+    limit = np.quantile(chance, 0.95, method="inverted_cdf")
+    found = f"In steps {own[0]} to {own[-1]} the hardest third gains and the middle one loses in "
+    return found + f"{counts.max()} of {signs.shape[1]} seeds (by chance in up to {limit})."
+
+
+def mere_speed_up(std: pd.DataFrame, none: pd.DataFrame) -> dict[str, Any]:
+    """Whether `detect_phases` finds phases, too, if normalized runs are replaced by their partners
+    sped up by the constant, 1 to 2, that fits best: pass rates [steps, seeds]. The gap is then
+    none(constant t), smoothed, plus what smoothing takes from std (its noise), less none(t)."""
+    pair = pd.concat({"std": std, "none": none}, axis=1).dropna()
+    t = pair.index.to_numpy(float)
+    smooth = pair.copy()
+    smooth[:] = ndimage.gaussian_filter1d(pair.to_numpy(), 2.5, axis=0, mode="nearest")
+
+    def at(constant: float, norm: str) -> pd.DataFrame:
+        return smooth[norm].apply(lambda curve: np.interp(constant * t, t, curve))
+
+    # std slowed down is known at every step, none sped up is not.
+    constants = np.arange(1, 2, 0.01)
+    errors = [np.square(at(1 / c, "std") - smooth["none"]).to_numpy().sum() for c in constants]
+    best = float(constants[np.argmin(errors)])
+    gap = at(best, "none") + pair["std"] - smooth["std"] - pair["none"]
+    gap = gap[best * t <= t[-1]].T
+    found = detect_phases(gap, 0 * gap, 0 * gap, gap.columns)["found"]
+    return {"constant": best, "found": found}
 
 
 # -------------------------------------- Comparison of runs ----------------------------------------
@@ -446,8 +611,25 @@ def tabulate(runs: list[Run]) -> pd.DataFrame:
         known = differ or ["task"] + ["model"] * bool(run.config.get("model"))
         title = ", ".join(f"{name} {run.config.get(name)!r}" for name in known)
         identity = [run.config["norm"], str(run.config.get("lr")), run.config["seed"]]
-        rows.append([title, *identity, run.end, run.log["rate"].mean(), run])
-    return pd.DataFrame(rows, columns=["title", "norm", "lr", "seed", "end", "rate", "run"])
+        asked = number(run.config.get("steps", 0))
+        rows.append([title, *identity, run.end, asked, run.log["rate"].mean(), run])
+    columns = ["title", "norm", "lr", "seed", "end", "asked", "rate", "run"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def choose(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of `tabulate` to compare, and why others are left out: one more of its norm, rate
+    and seed; or more than a tenth shorter than the longest of its title, unless all are unfinished.
+    """
+    longest = table.groupby("title")["end"].transform("max")
+    finished = (table["end"] + 1 >= table["asked"]).groupby(table["title"]).transform("any")
+    short = (table["end"] + 1 < 0.9 * (longest + 1)) & finished
+    again = table[~short].duplicated(["title", "norm", "lr", "seed"])
+    again = again.reindex(table.index, fill_value=False)
+    left_out = [f"{x.path}: its norm, rate and seed are there already" for x in table[again]["run"]]
+    for row in table[short].itertuples():
+        left_out.append(f"{row.run.path}: unfinished, it ends at step {row.end}")
+    return table[~short & ~again], left_out
 
 
 def arrange(table: pd.DataFrame) -> dict[str, list[Run]]:
@@ -476,15 +658,6 @@ def reach(rates: pd.Series, level: float) -> float:
     return math.nan if steps.empty or steps[0] == means.index[0] else float(steps[0])
 
 
-def foresee(run: Run, stop: float) -> list[float]:
-    """predicted_gain and its factors from a run without normalization up to a step, from its
-    gradients with the noise removed."""
-    rows = run.prompts[run.prompts["step"] <= stop].dropna(subset=["grad_norm", "grad_sq_signal"])
-    total = (rows["grad_norm"] ** 2).groupby(rows["step"]).transform("sum")
-    # Every step counts the same.
-    return predicted_gain(rows["grad_sq_signal"] / total, rows["reward_std"])
-
-
 def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
     """A row of Table 3: the cosines of all pairs of prompt gradients, pooled over the log's steps;
     and C, with its interval over runs."""
@@ -501,34 +674,27 @@ def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
-def compare_levels(prompts: pd.DataFrame, norm: str) -> tuple[dict, dict, dict]:
-    """For each part of the levels: a norm's gap to none, and the steps to halfway between none's
-    start and end; the gap by tenths of the run; and the gap's series [steps, seeds]."""
-    table = {}
-    tenths = defaultdict[str, dict[str, Any]](dict)
+def gaps_by_part(
+    prompts: pd.DataFrame, norm: str, parts: dict[str, list[str]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, pd.DataFrame]]:
+    """A norm's gap to none for each part of the levels: of all steps and by tenths of the run; and
+    its series [steps, seeds]."""
+    table: dict[str, dict[str, Any]] = defaultdict(dict)
     curves = {}
     last = prompts["step"].max()
-    for name, levels in cut_levels(prompts).items():
+    for name, levels in parts.items():
         own = prompts[prompts["level"].isin(levels)]
         rates = own.pivot_table("pass_rate", "step", ["norm", "seed"])
         gap = curves[name] = rates[norm] - rates["none"]
-        tenth = rates.index * 10 // (last + 1)
-        start, end = rates["none"].groupby(tenth).mean().mean(axis=1).iloc[[0, -1]]
-        row = dict(share=len(own) / prompts["level"].count(), start=start, end=end)
-        row["gap"] = mean_interval(gap.mean())
-        for each in ("none", norm) if end - start >= 0.1 else ():
-            steps = rates[each].apply(reach, level=(start + end) / 2)
-            row[f"steps to halfway, {each}"] = mean_interval(steps)
-        table[name] = row
-        for part, means in gap.groupby(tenth).mean().iterrows():
-            tenths[f"from step {part * (last + 1) / 10:.0f}"][name] = mean_interval(means)
-    return table, tenths, curves
+        table["all steps"][name] = mean_interval(gap.mean())
+        for tenth, means in gap.groupby(gap.index * 10 // (last + 1)).mean().iterrows():
+            table[f"from step {tenth * (last + 1) / 10:.0f}"][name] = mean_interval(means)
+    return table, curves
 
 
-def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict, dict, pd.DataFrame]:
+def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict]:
     """Over prompts, for all norms: how Fisher information correlates with reward variance, by part
-    of the run and by side of pass rate 1/2, and how far the halves agree; the signed law; |mean
-    curvature| over mean variance, by level; and Fisher's correlations [steps, (name, seed)]."""
+    of the run and by side of pass rate 1/2, and how far the halves agree; and the signed law."""
     pairs = {"same half": ["variance", "fisher_half"]}
     pairs["across halves"] = ["variance_other", "fisher_half"]
     pairs["reliability of Fisher"] = ["fisher_half", "fisher_half_other"]
@@ -549,24 +715,19 @@ def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict, dict, 
         cut: {name: mean_interval(r.groupby("seed").mean()) for name, r in row.items()}
         for cut, row in found.items()
     }
-    steps = {name: found["all"][name].groupby(["step", "seed"]).mean() for name in list(pairs)[:2]}
     rows = halves.dropna(subset=["third", "third_other", "curvature"])
     laws = pd.DataFrame([signed_law(part) for _, part in rows.groupby("seed") if len(part) > 2])
-    means = halves.groupby(["level", "seed"])[["curvature", "variance"]].mean().dropna()
-    sizes = (means["curvature"].abs() / means["variance"]).groupby("level")
-    by_level = {level: {"size over V": mean_interval(ratio)} for level, ratio in sizes}
     law = {name: mean_interval(values) for name, values in laws.items()}
-    return fisher, law, by_level, pd.DataFrame(steps).unstack("seed")
+    return fisher, law
 
 
 def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Compare runs up to the end of the shortest: the report's numbers (tables map row to column to
     value; intervals: [mean, low, high]), and series for the picture [steps, (label, seed)]."""
     last = min(run.end for run in runs)
-    tables = zip(*((run.log, run.prompts, run.halves) for run in runs))
-    log, prompts, halves = map(pd.concat, tables)
+    log, prompts, halves = (pd.concat([getattr(run, name) for run in runs]) for name in TABLES)
     held_out = log[log["step"] <= last + 1].groupby(["norm", "seed"])["held_out"].last()
-    log, prompts, halves = (table[table["step"] <= last] for table in (log, prompts, halves))
+    log, prompts, halves = [table[table["step"] <= last] for table in (log, prompts, halves)]
     norms = sorted({*log["norm"]}, key=lambda norm: (norm == "none", norm != "std", norm))
     main = norms[0]  # the phases are those of this norm
     values = ["rate", "reward_std", "cos_mean", "cos_std"]
@@ -581,9 +742,13 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     sigma = wide["reward_std", main][seeds].T
     spread = wide["cos_std", main][seeds].T
     phases = detect_phases(gap, sigma, spread, wide.index)
+    if gap is not None:
+        phases["speed-up"] = mere_speed_up(rates[main][seeds], plain[seeds])
+        if phases["found"] and phases["speed-up"]["found"]:
+            constant = phases["speed-up"]["constant"]
+            phases["reason"] += f". But a common speed-up of {constant:.2f} would look the same"
 
-    # The norms: pass rates, steps to a goal, and for pairs of runs the gap, the speed-up and its
-    # prediction.
+    # The norms: pass rates, steps to a goal, and for pairs of runs the gap and the speed-up.
     ends = rates.apply(lambda rate: rate.dropna().iloc[-max(1, rate.count() // 10) :].mean())
     goal = 0.9 * ends.groupby("norm").mean().min() if target is None else target
     reached = rates.apply(reach, level=goal)
@@ -598,11 +763,6 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
             row["largest gap"] = mean_interval(means.loc[widest])
             ratios = np.log(reached["none"] / reached[norm])[means.columns]
             row["speed-up"] = np.exp(mean_interval(ratios)).tolist()
-        if norm == "std" and norm in gaps:  # the prediction speaks of steps 1/sigma
-            others = {run.config["seed"]: run for run in runs if run.config["norm"] == "none"}
-            gains = [foresee(others[seed], reached["none", seed]) for seed in seeds]
-            parts = "predicted", "by the rate", "by allocation"
-            row |= zip(parts, map(mean_interval, zip(*gains, strict=True)), strict=True)
         table[norm] = row
 
     # The phases: cosines, features, C(T).
@@ -620,8 +780,16 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
             cuts = [noise_free(steps[pairs].loc[a : b - 1]) for steps in moments]
             names = "cosine", "square", "spread"
             free[f"{name}, {kind}"] = dict(zip(names, map(mean_interval, zip(*cuts)), strict=True))
-    levels, tenths, curves = compare_levels(prompts, main) if main in gaps else ({}, {}, {})
-    fisher, curvature, of_levels, by_step = describe_halves(halves, last)
+
+    # What happened to whom, up to the end of the window, and what progress foretold there.
+    parts = cut_levels(prompts)
+    paired = parts if main in gaps else {}
+    tenths, curves = gaps_by_part(prompts, main, paired)
+    window, happened = at_equal_progress(prompts, main, paired) if paired else (last + 1, {})
+    signs = opposite_signs(*list(curves.values())[:2]) if len(paired) == 3 else ""
+    source = next(norm for norm in ("none", "std", main) if norm in norms)
+    progress = foretell([run for run in runs if run.config["norm"] == source], parts, window)
+    fisher, curvature = describe_halves(halves, last)
     cosines = wide.xs(main, axis=1, level="norm")[["cos_std", "cos_mean"]]
     cosines = cosines.rename(columns={"cos_std": "their deviation", "cos_mean": "their mean"})
     lines = {
@@ -630,12 +798,13 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
         "Lead by difficulty (percentage points)": 100 * pd.concat(curves or {"": gaps[[]]}, axis=1),
         "Deviation σ of a prompt's rewards, mean": wide["reward_std"],
         f"Cosines of two prompts' gradients, {main}": cosines,
-        "Fisher information with reward variance, r": by_step,
     }
     numbers = {"norm": main, "seeds": len(seeds), "last_step": last, "phases": phases}
-    numbers |= {"norms": table, "levels": levels, "tenths": tenths, "cosines": rows}
-    numbers |= {"noise_free": free, "fisher": fisher, "curvature": curvature}
-    numbers |= {"curvature_by_level": of_levels}
+    numbers |= {"norms": table, "tenths": tenths, "opposite_signs": signs, "cosines": rows}
+    numbers |= {"noise_free": free, "fisher": fisher, "curvature": curvature, "source": source}
+    numbers |= {"progress": progress, "window": window, "happened": happened}
+    numbers["unfinished"] = all(run.end + 1 < run.config.get("steps", 0) for run in runs)
+    numbers["optimizer"] = runs[0].config.get("optimizer", "adamw")
     return numbers, lines
 
 
@@ -662,6 +831,74 @@ def markdown(rows: dict[str, dict[str, Any]], nothing: str = "Not measured.") ->
     return "\n".join(f"| {' | '.join(row)} |" for row in cells) if rows else nothing
 
 
+def aligned(rows: dict[str, dict[str, Any]]) -> str:
+    """The same for a terminal."""
+    return pd.DataFrame.from_dict(rows, orient="index").map(show).to_string()
+
+
+def answer(rows: dict[str, dict[str, Any]]) -> str:
+    """What dividing by the deviation would give the hardest and the middle third (without levels
+    the lower two), by a fixed rule: a difference is told if its interval excludes 0, else how large
+    it may be; as a share of none's progress if the interval of that is above 0, else in points."""
+    told = []
+    limits = []
+    for name in [*rows][:2]:
+        change, low, high = rows[name]["std less none"]
+        base, least, _ = rows[name]["none"]
+        if not math.isfinite(low):
+            return "Whether dividing by σ would help: run three seeds, or one for longer."
+        unit = "%" if least > 0 else " points"
+        scale = 100 / base if least > 0 else 1.0
+        part = name.split(":")[0]
+        who = f"the {part} third" if part in ("hardest", "middle") else f"problems of {name}"
+        if low > 0 or high < 0:
+            sign = "more" if low > 0 else "less"
+            told.append(f"{who} {show(float(f'{abs(change) * scale:.2g}'))}{unit} {sign}")
+        limits.append(f"{show(float(f'{max(-low, high) * scale:.2g}'))}{unit} ({who})")
+    if not told:
+        return f"Dividing by σ would change neither by more than {' and '.join(limits)}."
+    seen = "" if len(told) == 2 else ", with no change seen in the other"
+    return f"Dividing by σ would give {' and '.join(told)} per step{seen}."
+
+
+def first_page(title: str, found: dict[str, Any], table: Callable = markdown) -> str:
+    """What one wants to know first, in at most 36 lines of 100 characters."""
+    parts = [f"{title}, up to step {found['last_step']}"]
+    if found["unfinished"]:
+        parts[0] += "; no run is finished, they are compared as far as the shortest went"
+    if progress := found["progress"]:
+        rows = {}
+        for name, row in progress["rows"].items():
+            if len(progress["rows"]) <= 10 or not name.startswith("level "):
+                rows[name] = {key: x[0] if key in NORMS else x for key, x in row.items()}
+        text = (
+            "Who learns what: points of pass rate that 100 steps would add on further problems; "
+            "advantages not divided (none), divided by their deviation σ (std) or by σ² (var), and "
+            f"steps of one length. From gradients of {found['source']} in steps {FIRST} to "
+            f"{found['window'] - 1}; learnt is what these runs then learnt."
+        )
+        parts += [text, table(rows), f"**{answer(progress['rows'])}**"]
+        text = (
+            f"At one learning rate std's steps are {progress['rate']:.2g} times as long as none's"
+        )
+        if found["optimizer"] == "adamw":
+            text += ", which AdamW takes back. With AdamW the figures are those of the first steps "
+            text += "after a change of norm; over a whole run the differences are smaller"
+        parts.append(
+            f"{text}. Foretold and learnt agree with r = {show(progress['r'])} and slope "
+            f"{show(progress['slope'])} ({progress['cells']} cells of a level and ten steps)."
+        )
+    else:
+        parts.append("What each norm would teach (progress) is not in these logs.")
+    if found["happened"]:
+        text = f"What {found['norm']} changed: its lead over none in points, mean of steps 0 to "
+        text += f"{found['window'] - 1}. A common speed-up explains the first part, the rest went "
+        text += "from some problems to others. "
+        parts += [text + found["opposite_signs"], table(found["happened"])]
+    parts.append(f"**{found['phases']['reason']}.**")
+    return "\n\n".join(x if "\n" in x else textwrap.fill(x, 100) for x in parts)
+
+
 def describe(title: str, found: dict[str, Any]) -> str:
     """The report on a comparison, as Markdown."""
     phases = found["phases"]
@@ -676,10 +913,9 @@ def describe(title: str, found: dict[str, Any]) -> str:
         effect = [claim["effect"], *(claim["interval"] or [math.nan] * 2)]
         claims[name.replace("_", " ")] = {"effect": effect, "verdict": claim["verdict"]}
     return f"""
-## {title}, up to step {found["last_step"]}
+## {first_page(title, found)}
 
-**{phases["reason"]}.**
-
+### Phases
 {split.strip()}{"" if phases["found"] else ", but this split is not supported" * bool(starts)}.
 Intervals are over seeds ({found["seeds"]}), for one task and one starting model.
 
@@ -693,13 +929,10 @@ cosines' deviation grows (noise widens it). *Not seen*: the effect may be anythi
 {markdown(found["norms"])}
 
 Steps and speed-up: only if every run starts below the goal and reaches it. The largest gap is
-picked from 60 windows, so slightly too large. Predicted assumes plain ascent, orthogonal prompts
-and curvature ∝ σ; factors: the common rate (Adam undoes a constant one) and the allocation, <= 1.
+picked from 60 windows, so slightly too large.
 
 ### Gap to none by level of difficulty
-{markdown(found["levels"], "The problems have no levels.")}
-
-{markdown(found["tenths"], "")}
+{markdown(found["tenths"], "The problems have no levels.")}
 
 ### Cosines of pairs of prompt gradients as sampled (Table 3), and C(T) = (8/3) · mean σ
 {markdown(found["cosines"])}
@@ -726,13 +959,26 @@ most about the square root of the two reliabilities' product (each correlates th
 ### Signed curvature against V(1 − 2p) over prompts
 {markdown({"all steps": found["curvature"]} if found["curvature"] else {})}
 
-{markdown(found["curvature_by_level"])}
-
-The slope is freed of noise, r is not. By level: the size of the mean curvature over mean V.
+The slope is freed of noise, r is not.
 """
 
 
 # -------------------------------------------- Picture ---------------------------------------------
+
+
+def draw_progress(axis: Axes, progress: dict[str, Any]) -> None:
+    """Bars of what 100 steps of each norm would teach, and of what was learnt, by part."""
+    parts = {k: v for k, v in progress.get("rows", {}).items() if not k.startswith("level ")}
+    for k, key in enumerate([*NORMS, "learnt"]):
+        bars = [np.ravel(row.get(key, math.nan)) for row in parts.values()]
+        x = np.arange(len(bars)) + 0.2 * k - 0.3
+        axis.bar(x, [bar[0] for bar in bars], 0.2, label=key, color=COLORS.get(key, "black"))
+        ranges = [bar for bar in zip(x, bars) if len(bar[1]) == 3]
+        for at, (_, low, high) in ranges:
+            axis.vlines(at, low, high, color="black", linewidth=1)
+    axis.set(title="Foretold and learnt: points per 100 steps", xlabel="problems")
+    axis.set_xticks(range(len(parts)), [name.split(":")[0] for name in parts])
+    axis.legend(title="" if parts else "not measured", framealpha=0.6)
 
 
 def draw(path: Path, title: str, found: dict[str, Any], lines: dict[str, Any]) -> None:
@@ -753,12 +999,13 @@ def draw(path: Path, title: str, found: dict[str, Any], lines: dict[str, Any]) -
         corners = np.transpose(phases["line"]) * [[1], [100]]
         axes[1].plot(*corners, color="black", linestyle=":", label="fitted line")
     edges = [0, *phases["boundaries"], found["last_step"]] if phases["found"] else []
-    for axis in axes:
+    for axis in axes[:5]:
         for name, a, b in zip(("I", "II", "III"), edges, edges[1:]):
             axis.axvspan(a, b, color="grey", alpha=0.2 * (name == "II"), linewidth=0)
             top = axis.get_xaxis_transform()
             axis.text((a + b) / 2, 0.98, name, transform=top, ha="center", va="top", family="serif")
         axis.legend(handles=axis.lines, title="" if axis.lines else "not measured", framealpha=0.6)
+    draw_progress(axes[5], found["progress"])
     figure.suptitle(textwrap.fill(title, 120).replace("$", r"\$"), fontsize=13)
     figure.savefig(path, dpi=120)
 
@@ -786,24 +1033,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not runs:
         parser.error(f"no run to read: {'; '.join(problems) or 'no directory'}")
 
-    table = tabulate(runs)
+    table, left_out = choose(tabulate(runs))
+    problems += left_out
     groups: dict[str, dict[str, Any]] = {}
-    again = table.duplicated(["title", "norm", "lr", "seed"])
-    there = "its norm, rate and seed are there already"
-    problems += [f"{run.path}: {there}" for run in table[again]["run"]]
-    report = "# Three phases?\n"
+    report = "# Dividing by the standard deviation: what it would do, and what it did\n"
+    pages = []
     pictures = []
-    for title, rows in table[~again].groupby("title", sort=False):
+    for title, rows in table.groupby("title", sort=False):
         groups[title] = {}
         report += f"\n# Runs with {title}\n"
         for name, chosen in arrange(rows).items():
             found, lines = compare(chosen, given.target)
             groups[title][name] = found
             report += describe(name, found)
+            pages.append(first_page(f"{title}, {name}", found, aligned))
             pictures.append((f"{title}, {name}. {found['phases']['reason']}", found, lines))
     torn = [run for run in runs if run.skipped]
-    report += "".join(f"\n{x.path}: {x.skipped} unreadable log lines skipped\n" for x in torn)
-    report += "".join(f"\nleft out: {problem}\n" for problem in problems)
+    notes = [f"{run.path}: {run.skipped} unreadable log lines skipped" for run in torn]
+    notes += [f"left out: {problem}" for problem in problems]
+    report += "\n" + "\n\n".join(notes)
 
     parents = os.path.commonpath([run.path.absolute() for run in runs])
     out = given.out or (runs[0].path if len(runs) == 1 else Path(os.path.relpath(parents)))
@@ -816,7 +1064,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"cannot write to {out}: {error.strerror}")
     with contextlib.suppress(BrokenPipeError):
-        print(f"{report}\nwritten: analysis.md, analysis.json and phases.png in {out}", flush=True)
+        more = f" ({len(pages) - 1} more comparisons)" if len(pages) > 1 else ""
+        notes.append(
+            f"The whole report: {out}/analysis.md{more}; a picture: phases.png; numbers: .json"
+        )
+        print(pages[0].replace("**", ""), "", *notes, sep="\n", flush=True)
     return 0
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -209,19 +210,272 @@ def test_detect_phases_refuses_unequal_shapes():
         analyze.detect_phases(gap, sigma, sigma[:2])
 
 
-# --------------------------------------- levels and theory ----------------------------------------
+def five_pairs(rates: np.ndarray) -> pd.DataFrame:
+    """Rates [steps] of five seeds with noise of 0.5 points."""
+    rng = np.random.default_rng(int(1e6 * rates.mean()))
+    return pd.DataFrame(rates[:, None] + 0.005 * rng.normal(size=(len(rates), 5)))
 
 
-def test_predicted_gain_by_hand():
-    gain, lost = analyze.predicted_gain, [np.nan, 9.0]  # not measured, and without variance
-    expected = 0.5 * (0.2 / 0.3 + 0.1 / 0.4) / 0.3
-    rate = math.sqrt((0.2 / 0.09 + 0.1 / 0.16) / 0.3) / 2
-    assert gain([0.2, 0.1, 0.0], [0.3, 0.4, 0.5]) == pytest.approx(
-        [expected, rate, expected / rate]
+def test_mere_speed_up_has_the_constant_and_the_phases_of_a_sigmoid_sped_up():
+    t = np.arange(250)
+    none, std = (1 / (1 + np.exp((90 - speed * t) / 18)) for speed in (1, 1.1))
+    found = analyze.mere_speed_up(five_pairs(std), five_pairs(none))
+    assert found["constant"] == pytest.approx(1.1, abs=0.011) and found["found"]
+
+
+def test_mere_speed_up_of_a_straight_line_has_no_phases():
+    t = np.arange(250)
+    gap = np.interp(t, [0, 100, 150, 250], [0, 0, 0.1, 0.1])  # which are phases, by another cause
+    none = five_pairs(0.2 + t / 500)
+    std = five_pairs(0.2 + t / 500 + gap)
+    assert analyze.detect_phases((std - none).T, 0 * none.T, 0 * none.T)["found"]
+    assert not analyze.mere_speed_up(std, none)["found"]
+
+
+# ------------------------------ progress and equal overall pass rates -----------------------------
+
+
+def test_run_interval_by_hand():
+    """Means of 1/2, differences of 1 between eight steps: (8 / 14 * 7)^0.5 / 8 = 1/4."""
+    values = pd.Series([0, 1] * 4)
+    half = 2.364624 / 4  # Student's t with seven degrees of freedom
+    found = analyze.run_interval(values, pd.Series([1] * 8))
+    assert found == pytest.approx([0.5, 0.5 - half, 0.5 + half])
+    short = analyze.run_interval(values[:7], pd.Series([1] * 7))
+    assert short == pytest.approx([3 / 7, np.nan, np.nan], nan_ok=True)
+    counts = pd.Series(range(8))  # steps without such a prompt, too
+    assert analyze.run_interval(3 * counts, counts) == pytest.approx([3, 3, 3])
+
+
+@slow
+def test_run_interval_covers_the_mean_of_what_drifts():
+    """A value that falls from 2 to 0 over 24 steps, of a number of prompts that varies."""
+    rng = np.random.default_rng(0)
+    truth = np.linspace(2, 0, 24)
+    covered = 0
+    for _ in range(400):
+        counts = rng.binomial(16, 1 / 6, 24)
+        sums = counts * truth + np.sqrt(counts) * rng.normal(size=24)
+        _, low, high = analyze.run_interval(pd.Series(sums), pd.Series(counts))
+        covered += low <= truth.mean() <= high
+    assert covered >= 0.9 * 400
+
+
+def test_same_length_is_a_ratio_of_sums_over_steps_with_both():
+    """Of 3 and 4 taken and of 1 and 2 of none: 5 over the root of 5. The skipped step and the one
+    without moments do not count."""
+    taken, none = [3, np.nan, 4, 9], [1, 7, 2, np.nan]
+    log = pd.DataFrame(dict(length_taken=taken, length_none=none, length_std=[2, 7, 4, np.nan]))
+    found = analyze.same_length(log.reindex(columns=analyze.LENGTHS))
+    assert found["none"] == pytest.approx(5**0.5)
+    assert found["std"] == pytest.approx(5**0.5 / 2) and np.isnan(found["var"])
+
+
+PARTS = {"hardest: a": ["a"], "middle: b": ["b"], "easiest: c": ["c"]}
+RISE = dict(a=0.001, b=0.002, c=0.003)  # a step
+LENGTHS = dict(length_none=1.0, length_std=4.0, length_var=8.0, length_batch=3.0, length_taken=2.0)
+
+
+def write_progress(path: Path, seed: int = 0, **changes) -> analyze.Run:
+    """A run without the division, of 120 steps on three levels that rise by RISE at every step; its
+    progress is 1/0.8 of that, and under std 1, 2 and 0.5 times none's at one length."""
+
+    def measured(step, level):
+        rate = 0.1 + RISE[level] * step
+        none = RISE[level] / 0.8 / 2  # as the step taken was 2 times as long
+        std = 4 * none * dict(a=1, b=2, c=0.5)[level]
+        wild = 99 if step < 10 else 0  # the first steps do not count
+        progress = dict(progress_none=[none + 0.001 + wild, none - 0.001], progress_std=[std, std])
+        halves = dict(pass_rate_half=[rate, rate], reward_std_half=[0.3, 0.3])
+        return halves | progress | dict(progress_var=[4 * none] * 2) | changes
+
+    rates = {level: 0.1 + rise * np.arange(120) for level, rise in RISE.items()}
+    columns = {name: [length] * 120 for name, length in LENGTHS.items()}
+    return analyze.read_run(write_run(path, rates, "none", seed, columns, measured))
+
+
+def test_foretell_at_one_length_by_hand(tmp_path):
+    found = analyze.foretell([write_progress(tmp_path / "run")], PARTS, 100)
+    rows = found["rows"]
+    assert [*rows] == [*PARTS, "all"] and found["rate"] == 4
+    # Points per 100 steps: 1e4 of RISE / 0.8.
+    for (name, row), none in zip(rows.items(), (12.5, 25, 37.5, 25)):
+        assert row["none"] == pytest.approx([none] * 3), name
+        assert row["var"] == pytest.approx([none / 2] * 3)
+    more = [row["std less none"][0] for row in rows.values()]
+    assert more == pytest.approx([0, 25, -18.75, 25 / 12])
+    assert [row["learnt"] for row in rows.values()] == pytest.approx([10, 20, 30, 20])
+    assert rows["middle: b"]["share"] == pytest.approx(1 / 3)
+    assert rows["middle: b"]["pass rate"] == pytest.approx(0.1 + 0.002 * 50)  # 10, 20, ... 90
+
+
+def test_foretell_r_and_slope_of_what_was_learnt(tmp_path):
+    found = analyze.foretell([write_progress(tmp_path / "run")], PARTS, 100)
+    assert found["cells"] == 27
+    assert [found["r"], found["slope"]] == pytest.approx([1, 0.8])
+
+
+def test_foretell_several_runs_with_an_interval_over_seeds(tmp_path):
+    runs = [write_progress(tmp_path / f"{seed}", seed) for seed in range(3)]
+    for run, factor in zip(runs, (0.9, 1.0, 1.1)):
+        run.halves["progress_none"] *= factor
+    row = analyze.foretell(runs, PARTS, 100)["rows"]["all"]
+    half = 4.302653 * 0.1 / 3**0.5 * 25
+    assert row["none"] == pytest.approx([25, 25 - half, 25 + half])
+
+
+def test_foretell_without_levels_by_the_other_halfs_pass_rate(tmp_path):
+    halves = dict(pass_rate_half=[0.2, 0.9], progress_none=[1e-4, 5e-4], progress_std=[0, 0])
+    run = write_progress(tmp_path / "run", level=None, **halves)
+    run.prompts["level"] = None
+    rows = analyze.foretell([run], {}, 100)["rows"]
+    # The half with pass rate 0.2 is where the other one has 0.9.
+    assert [*rows] == ["pass rate up to ⅓", "pass rate up to ⅔", "pass rate above", "all"]
+    values = [row["none"][0] for row in rows.values()]
+    assert values == pytest.approx([10, np.nan, 2, 6], nan_ok=True)
+    rates = [row["pass rate"] for row in rows.values()]
+    assert rates == pytest.approx([0.9, np.nan, 0.2, 0.55], nan_ok=True)
+
+
+def test_foretell_without_progress_or_lengths_is_empty(tmp_path):
+    run = write_progress(tmp_path / "run", progress_var=None)
+    assert analyze.foretell([run], PARTS, 100) == {}
+    run = write_progress(tmp_path / "again")
+    run.log["length_taken"] = np.nan
+    assert analyze.foretell([run], PARTS, 100) == {}
+
+
+def table_of(rates: dict[str, dict[str, list]]) -> pd.DataFrame:
+    """Prompts of norm, level and a curve for each seed."""
+    rows = [
+        dict(norm=norm, level=level, seed=seed, step=step, pass_rate=rate)
+        for norm, curves in rates.items()
+        for level, of_seeds in curves.items()
+        for seed, curve in enumerate(of_seeds)
+        for step, rate in enumerate(curve)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_at_equal_progress_by_hand():
+    """Straight lines: std is 1.2 times as fast, and moves 4 points from b to a."""
+    t = np.arange(101)
+    none = {"a": [0.2 + 0.001 * t], "b": [0.3 + 0.002 * t]}
+    std = {"a": [0.24 + 0.0012 * t], "b": [0.26 + 0.0024 * t]}
+    stop, found = analyze.at_equal_progress(
+        table_of({"none": none, "std": std}), "std", {"a": ["a"], "b": ["b"]}
     )
-    assert gain([0.2, *lost, 0.1], [0.25, 0.5, 0.0, 0.5])[0] == pytest.approx((0.4 + 0.1) / 0.3)
-    assert gain([2, 3], [0.25, 0.25]) == pytest.approx([2, 2, 1])  # a common rate and no more
-    assert np.isnan(gain([0.1, -0.2], [0.5, 0.5])).all() and np.isnan(gain([], [])).all()
+    # Smoothed, none's last rate is one step's less (2.5 * 0.4): std is above it from 99 / 1.2 on.
+    assert stop == 83
+    a, b = ([values[0] for values in row.values()] for row in found.values())
+    # Means over steps 0 to 82, so of 41: 0.2 * 41 steps of 0.1 and 0.2 points each.
+    assert a == pytest.approx([4.82, 0.82, 4], abs=0.02)
+    assert b == pytest.approx([-2.36, 1.64, -4], abs=0.02)
+    assert sum(a[1:]) == pytest.approx(a[0], abs=1e-12) and a[2] + b[2] == pytest.approx(0)
+
+
+def test_at_equal_progress_ends_where_none_has_made_most_of_its_rise():
+    t = np.arange(200)
+    none = {"a": [0.2 + 0.006 * np.minimum(t, 100)]}
+    stop, _ = analyze.at_equal_progress(table_of({"none": none, "std": none}), "std", {"a": ["a"]})
+    # Smoothed, it starts a step higher: nine tenths from step 1 to 100.
+    assert stop == 91
+
+
+KINDS = [f"{shape} {effect}" for shape in ("sigmoid", "toy") for effect in ("speed", "trade")]
+
+
+def simulated(kind: str, rng) -> tuple[pd.DataFrame, float]:
+    """Five pairs of six levels and the true mean reallocation of the hardest two, in points (up to
+    the window's end of the true curves). Three prompts of each level at every step, in groups of
+    16. Sped up by 1.03 to 1.3, or besides a trade of up to 4 points between hardest and middle."""
+    steps = np.arange(200)
+    speed = rng.uniform(1.03, 1.3)
+    middles = np.array([120, 110, 80, 70, 40, 20]) * rng.uniform(0.8, 1.1)
+    width = rng.uniform(12, 20)
+
+    def true(t: np.ndarray) -> np.ndarray:  # [levels, steps]
+        x = (t - middles[:, None]) / width
+        if kind.startswith("toy"):  # slow, then fast, then slow: as skills that saturate
+            return 0.03 + 0.95 * (1 - np.exp(-np.exp(np.minimum(x, 3))))
+        return 1 / (1 + np.exp(-x))
+
+    none = true(steps)
+    std = true(speed * steps)
+    trade = 0.04 * np.exp(-(((steps - 60) / 30) ** 2)) * kind.endswith("trade")
+    room = np.minimum(std, 1 - std).min(axis=0)  # both stay within 0 and 1
+    std = std + np.minimum(trade, room) * np.array([[1], [1], [-1], [-1], [0], [0]])
+    overall = std.mean(axis=0)
+    phi = np.interp(overall, none.mean(axis=0), steps)
+    moved = (std - [np.interp(phi, steps, curve) for curve in none])[:2].mean(axis=0)
+    curves = {
+        norm: {
+            level: [rng.binomial(48, rates[k]) / 48 for _ in range(5)]
+            for k, level in enumerate("abcdef")
+        }
+        for norm, rates in (("none", none), ("std", std))
+    }
+    return table_of(curves), 100 * moved
+
+
+@slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_equal_progress_is_unbiased_and_covers(kind):
+    rng = np.random.default_rng(3)
+    parts = {"hardest": [*"ab"], "middle": [*"cd"], "easiest": [*"ef"]}
+    covered, biases, halves = 0, [], []
+    for _ in range(100):
+        prompts, moved = simulated(kind, rng)
+        stop, found = analyze.at_equal_progress(prompts, "std", parts)
+        gap, common, (mean, low, high) = found["hardest"].values()
+        assert gap[0] == pytest.approx(common[0] + mean, abs=1e-9)
+        truth = moved[:stop].mean()
+        covered += low <= truth <= high
+        biases.append(mean - truth)
+        halves.append((high - low) / 2)
+    print(kind, covered, np.mean(biases), np.mean(halves))
+    assert covered >= 90 and abs(np.mean(biases)) <= np.mean(halves) / 3
+
+
+def test_opposite_signs_by_hand():
+    """Five seeds, 20 steps: in steps 6 and 7 all have hard ahead and middle behind. Of five tosses
+    at most four are alike with a chance of 31 in 32."""
+    hardest = pd.DataFrame(np.full((20, 5), 0.01))
+    middle = hardest.copy()
+    middle.loc[6:7] = -0.02
+    text = analyze.opposite_signs(hardest, middle)
+    assert "In steps 6 to 7 " in text and "in 5 of 5 seeds (by chance in up to 4)" in text
+
+
+ROW = {"std less none": [10, 5, 15], "none": [50, 40, 60]}
+ANSWERS = [
+    ([10, 5, 15], [-15, -20, -10], "give the hardest third 20% more and the middle third 30% less"),
+    (
+        [10, -5, 15],
+        [2, -3, 6],
+        "would change neither by more than 30% (the hardest third) and 12% (the middle",
+    ),
+    ([10, -5, 15], [-15, -20, -10], "give the middle third 30% less per step, with no change seen"),
+    ([10, math.nan, math.nan], [1, 0, 2], "run three seeds"),
+]
+
+
+@pytest.mark.parametrize(("hardest", "middle", "text"), ANSWERS)
+def test_answer_by_the_fixed_rule(hardest, middle, text):
+    rows = {"hardest: a": ROW | {"std less none": hardest}}
+    rows |= {"middle: b": ROW | {"std less none": middle}}
+    assert text in analyze.answer(rows)
+
+
+def test_answer_in_points_where_nothing_is_learnt_without_the_division():
+    rows = {"pass rate up to ⅓": ROW | {"none": [5, -1, 11]}, "pass rate up to ⅔": ROW}
+    expected = (
+        "problems of pass rate up to ⅓ 10 points more and problems of pass rate up to ⅔ 20% more"
+    )
+    assert expected in analyze.answer(rows)
+
+
+# --------------------------------------- levels and theory ----------------------------------------
 
 
 def first_prompts(counts: dict[str, int], rates: str) -> pd.DataFrame:
@@ -240,26 +494,8 @@ def test_cut_levels_near_a_third_and_two_thirds_by_first_pass_rates():
     # a is more than a third, and the cuts are apart
     unequal = first_prompts(dict(a=50, b=30, c=10, d=10), "1234")
     assert [*analyze.cut_levels(unequal)] == ["hardest: a", "middle: b", "easiest: c, d"]
-    assert analyze.cut_levels(first_prompts(dict(a=5, b=5), "21")) == {"b": ["b"], "a": ["a"]}
-
-
-def test_compare_levels_by_hand():
-    """Of level a std is twice as fast as none, b has no rise to come half way in."""
-    rows = [
-        (t, norm, seed, level, min(1, t * fast / 100) if level == "a" else 0.5 + 0.01 * fast)
-        for t, seed, level in itertools.product(range(100), range(3), "ab")
-        for norm, fast in (("none", 1), ("std", 2))
-    ]
-    prompts = pd.DataFrame(rows, columns=["step", "norm", "seed", "level", "pass_rate"])
-    table, tenths, curves = analyze.compare_levels(prompts, "std")
-    assert [*table] == ["a", "b"] and table["a"]["share"] == 0.5
-    steps = [table["a"][f"steps to halfway, {norm}"][0] for norm in ("none", "std")]
-    assert steps == [50, 25] and not any("halfway" in key for key in table["b"])
-    assert table["b"]["gap"] == pytest.approx([0.01] * 3)
-    assert tenths["from step 40"]["a"] == pytest.approx([0.445] * 3) and len(tenths) == 10
-    assert curves["a"].loc[20].tolist() == pytest.approx([0.2] * 3)
-    row = analyze.compare_levels(prompts[prompts["step"] == 0], "std")[0]["b"]  # of one step
-    assert row["start"] == row["end"] == pytest.approx(0.51)
+    few = analyze.cut_levels(first_prompts(dict(a=5, b=5), "21"))
+    assert few == {"level b": ["b"], "level a": ["a"]}
 
 
 def test_describe_halves_sees_fisher_change_its_sign():
@@ -270,11 +506,10 @@ def test_describe_halves_sees_fisher_change_its_sign():
     columns = dict(step=steps, norm="std", seed=0, level="a", pass_rate_half=0.3, curvature=np.nan)
     columns |= dict(variance=variance, variance_other=variance, fisher_half=sign * variance)
     columns |= dict(fisher_half_other=rng.random(240), third=np.nan, third_other=np.nan)
-    fisher, *_, series = analyze.describe_halves(pd.DataFrame(columns), 29)
+    fisher, _ = analyze.describe_halves(pd.DataFrame(columns), 29)
     found = [row["across halves"][0] for row in fisher.values()]
     assert found == pytest.approx([1 / 3, -1, 1, 1, 1 / 3, np.nan], nan_ok=True)
     assert fisher["all"]["and of the variance"][0] == pytest.approx(1)
-    assert series["across halves", 0].tolist() == pytest.approx(sign[::8])
 
 
 def test_correlations_are_free_of_noise_across_halves():
@@ -497,7 +732,7 @@ def test_compare_rewards_other_than_0_and_1_by_their_mean_without_theory(tmp_pat
     assert norms["end"][0] == pytest.approx(0.7)
     assert all(math.isnan(row["C"][0]) for row in found["cosines"].values())
     assert norms["largest gap"][0] == pytest.approx(0.1)
-    assert found["levels"] == {}  # of prompts the mean reward is not logged
+    assert found["tenths"] == {}  # of prompts the mean reward is not logged
 
 
 def test_compare_pairs_seeds_and_goes_as_far_as_killed_runs_went(tmp_path):
@@ -599,6 +834,68 @@ def test_read_run_takes_what_is_no_number_for_not_measured(tmp_path):
     (path / "prompts.jsonl").write_text(half)
     run = analyze.read_run(path)
     assert run.log.iloc[-1][analyze.METRICS].isna().all() and run.halves.empty
+
+
+def test_main_shows_the_first_page_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "draw", lambda *_: None)
+    t = np.arange(100)
+    middles = dict(zip("abcdef", (80, 75, 50, 45, 20, 10)))
+    for norm, seed in itertools.product(("none", "std"), range(3)):
+        speed = 1.1 + 0.01 * seed if norm == "std" else 1
+        rates = {level: 1 / (1 + np.exp((m - speed * t) / 9)) for level, m in middles.items()}
+        progress = {f"progress_{name}": [0.01, 0.02] for name in analyze.NORMS}
+        halves = dict(pass_rate_half=[0.5, 0.5], reward_std_half=[0.4, 0.4]) | progress
+        columns = {name: [length] * 100 for name, length in LENGTHS.items()}
+        path = tmp_path / f"{norm}-{seed}"
+        write_run(path, rates, norm, seed, columns, lambda *_, row=halves: row)
+    assert analyze.main([*map(str, tmp_path.iterdir())]) == 0
+    text = capsys.readouterr().out
+    assert text.count("\n") <= 40 and max(map(len, text.splitlines()[:-1])) <= 100
+    lines = {line[:10]: line.split() for line in text.splitlines()}
+    # At one length std's progress is a quarter of none's, 2 * 150 points.
+    assert lines["level f   "][4:6] == ["300", "75"]
+    assert lines["hardest: a"][-3:]
+    assert "std's steps are 4 times as long" in text and "reallocation" in text
+    report = (tmp_path / "analysis.md").read_text()
+    assert "Fisher" in report and "Fisher" not in text
+
+
+def test_main_leaves_out_an_unfinished_run_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "draw", lambda *_: None)
+    ends = {("none", 0): 40, ("std", 0): 37, ("none", 1): 40, ("std", 1): 35}
+    for (norm, seed), end in ends.items():
+        path = tmp_path / f"{norm}-{seed}"
+        write_run(path, saturating(50, end), norm, seed, steps=40)
+    assert analyze.main([*map(str, tmp_path.iterdir())]) == 0
+    text = capsys.readouterr().out
+    assert f"left out: {tmp_path / 'std-1'}: unfinished, it ends at step 34" in text
+    assert "up to step 36" in text and text.count("left out") == 1
+
+
+def test_main_compares_as_far_as_the_shortest_if_no_run_is_finished(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(analyze, "draw", lambda *_: None)
+    for norm, end in {"none": 40, "std": 20}.items():
+        write_run(tmp_path / norm, saturating(50, end), norm, steps=100)
+    assert analyze.main([*map(str, tmp_path.iterdir())]) == 0
+    text = capsys.readouterr().out
+    assert "up to step 19" in text and "left out" not in text and "no run is finished" in text
+
+
+def test_main_lists_the_runs_in_a_directory_without_one(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, saturating(50, 9)) for name in ("b", "a")]
+    with pytest.raises(SystemExit):
+        analyze.main([str(tmp_path)])
+    assert f"a directory of runs: {runs[1]} {runs[0]}" in capsys.readouterr().err
+
+
+def test_draw_progress_has_a_bar_for_every_norm_and_what_was_learnt(tmp_path):
+    rows = analyze.foretell([write_progress(tmp_path / "run")], PARTS, 100)
+    axis = Figure().subplots()
+    analyze.draw_progress(axis, rows)
+    heights = [round(bar.get_height(), 3) for bar in axis.patches]
+    # Of hardest, middle, easiest and all: none, std, var, learnt.
+    assert heights[:8] == [12.5, 25, 37.5, 25, 12.5, 50, 18.75, 27.083]
+    assert heights[12:] == [10, 20, 30, 20]
 
 
 def test_main_names_what_it_skips_and_leaves_out(tmp_path, capsys, monkeypatch):
