@@ -94,13 +94,11 @@ def read_table(path: Path, keys: list[str], pairs: Sequence[str] = ()) -> tuple[
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and type(row.get("step")) is int and 0 <= row["step"] < 2**53:
-            parts = [
-                x if isinstance(x, list) and len(x) == 2 else [None] * 2
-                for x in map(row.get, pairs)
-            ]
             level = None if row.get("level") is None else str(row["level"])
-            values = map(number, itertools.chain(map(row.get, keys), *parts))
-            rows.append([row["step"], level, *values])
+            values = [row.get(key) for key in keys]
+            for pair in (row.get(key) for key in pairs):
+                values += pair if isinstance(pair, list) and len(pair) == 2 else [None, None]
+            rows.append([row["step"], level, *map(number, values)])
         else:
             skipped += 1
     columns = ["step", "level", *keys, *(f"{key}{half}" for key in pairs for half in "AB")]
@@ -114,12 +112,10 @@ def read_run(path: Path) -> Run:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         log, skipped = read_table(path / "metrics.jsonl", METRICS + SIGNALS + LENGTHS)
         prompts, more = read_table(path / "prompts.jsonl", PROMPTS, HALVES)
-    except FileNotFoundError as error:
-        inside = sorted(str(file.parent) for file in path.glob("*/config.json"))
-        held = f"no run, but a directory of runs: {' '.join(inside)}" if inside else error.strerror
-        raise ValueError(f"{path}: {held}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        inside = " ".join(sorted(str(file.parent) for file in path.glob("*/config.json")))
+        cause = f"no run, but a directory of runs: {inside}" if inside else error
+        raise ValueError(f"{path}: {cause}") from error
     config = config if isinstance(config, dict) else {}
     sizes = [config.get(name) for name in ("prompts", "group", "seed")]
     valid = all(type(value) is int and 0 <= value < 2**31 for value in sizes) and 0 not in sizes[:2]
@@ -156,18 +152,13 @@ def read_run(path: Path) -> Run:
 
 
 def mean_interval(values: Iterable[float]) -> list[float]:
-    """Mean, and its 95% interval by Student's t: the interval is NaN for fewer than three values,
-    and all is NaN if one value is.
-
-    A bootstrap would not do: means of three to five resampled runs never leave the runs' range, and
-    such intervals cover 75% to 94%.
+    """Mean, and its 95% interval by Student's t: NaN for fewer than three values, and all is NaN if
+    one value is. (A bootstrap of three to five runs never leaves their range: it covers 75% to 94%.)
     """
     given = pd.Series([*values], dtype=float)
-    half = math.nan
     mean = float(given.mean(skipna=False))
-    if len(given) > 2:
-        half = float(stats.t.ppf(0.975, len(given) - 1) * given.sem(skipna=False))
-    return [mean, mean - half, mean + half]
+    half = float(stats.t.ppf(0.975, max(1, len(given) - 1)) * given.sem(skipna=False))
+    return [mean, mean - half, mean + half] if len(given) > 2 else [mean, math.nan, math.nan]
 
 
 def windows(table: pd.DataFrame, count: int = 60) -> pd.DataFrame:
@@ -245,17 +236,16 @@ def detect_phases(
 
     BIC chooses the number of `knots`, 0 to 3, of a continuous broken line, level up to its first
     knot, through the runs' mean in 60 windows. `boundaries`: where II and III begin ([]: no gap, or
-    too few windows), the first two knots of the 2- or 3-knot line, whichever is better. But if the
-    3-knot line gains another quarter after its second knot (late pairs widen the gap further), III
-    begins at its third knot, and II at its first one after the start. `intervals`: 95% intervals of
-    the boundaries over resampled runs. `line`: the fitted line's corners. `claims`: each claim's
-    effect, its 95% interval over runs (Student's t; []: fewer than three) and the verdict: "holds"
-    if the interval is within the claim's limits, "reversed" if outside, "not seen", "not measured"
-    (an interval is missing, or I or III was measured fewer than three times).
-    opens_in_II: the runs' lines rise in II. alike_in_I: the mean gap in I is within a quarter of
-    that rise. stops_in_III: they gain less per step in III than half the rate of II.
-    deviation_falls, orthogonality_falls: from I to III reward_std falls and cos_std grows. `found`:
-    the three claims on the gap hold, and at most a third of the resamplings lack a phase I.
+    too few windows), the first two knots of the 2- or 3-knot line, whichever is better; but if the
+    3-knot line gains another quarter after its second knot, its third, and its first one after the
+    start. `intervals`: theirs over resampled runs. `line`: the fitted line's corners. `claims`: each
+    claim's effect, its 95% interval over runs ([]: fewer than three) and the verdict: "holds" if the
+    interval is within the claim's limits, "reversed" if outside, "not seen", "not measured" (no
+    interval, or I or III was measured fewer than three times). opens_in_II: the runs' lines rise in
+    II. alike_in_I: the mean gap in I is within a quarter of that rise. stops_in_III: they gain less
+    per step in III than half the rate of II. deviation_falls, orthogonality_falls: from I to III
+    reward_std falls and cos_std grows. `found`: the claims on the gap hold, and at most a third of
+    the resamplings lack a phase I.
     """
     series = [reward_std, cos_std, [math.nan] if gap is None else gap]
     given = [np.atleast_2d(np.asarray(values, float)).T for values in series]
@@ -278,15 +268,11 @@ def detect_phases(
     # so BIC counts fewer windows than there are.
     rows = np.random.default_rng(0).integers(runs, size=(201 if runs > 2 else 1, runs))
     rows[0] = np.arange(runs)
-    # Few runs are often drawn alike: a line for each different draw.
+    # Few runs are often drawn alike: each different draw is fitted once.
     different, draw = np.unique(np.sort(rows, axis=1), axis=0, return_inverse=True)
-    drawn = y[:, different].mean(axis=2)  # [windows, different draws]
-    fits = [best_lines(x, drawn, count) for count in range(4)]
-    draw = draw.ravel()
-    drawn = drawn[:, draw]  # [windows, draws]
-    knots = [fit[0][draw] for fit in fits]
-    bases = [fit[1][draw] for fit in fits]
-    left = [fit[2][draw] for fit in fits]
+    fits = [best_lines(x, y[:, different].mean(axis=2), count) for count in range(4)]
+    knots, bases, left = zip(*([part[draw.ravel()] for part in fit] for fit in fits), strict=True)
+    drawn = y[:, rows].mean(axis=2)  # [windows, draws]
     lines = (bases[3] @ (bases[3].swapaxes(1, 2) @ drawn.T[..., None]))[..., 0]  # [draws, windows]
     noise = drawn[:, 0] - lines[0]
     rho = np.clip((noise[1:] @ noise[:-1]) / max(noise @ noise, 1e-300), 0, 0.9)
@@ -303,8 +289,8 @@ def detect_phases(
     bounds = at[bends]
     result |= {"knots": int(scores[:, 0].argmin()), "boundaries": bounds[0].tolist()}
     if runs > 2:
-        limits = np.quantile(bounds[1:], [0.025, 0.975], axis=0, method="nearest")
-        result["intervals"] = limits.T.tolist()
+        ends = np.quantile(bounds[1:], [0.025, 0.975], axis=0, method="nearest")
+        result["intervals"] = ends.T.tolist()
 
     def claim(name: str, values: Any, above: float, below: float) -> None:
         effect, *interval = mean_interval(values)
@@ -318,7 +304,7 @@ def detect_phases(
 
     count = 3 if three[0] else 2
     basis = bases[count][0]
-    ends = {0, *knots[count][0], len(x) - 1}
+    corners = sorted({0, *knots[count][0], len(x) - 1})
     fit = basis @ (basis.T @ y)  # [windows, runs]
     rise = fit[second] - fit[first]
     after = fit[-1] - fit[second]
@@ -327,17 +313,17 @@ def detect_phases(
     claim("opens_in_II", rise, 0, math.inf)
     half = gain / (x[second] - x[first]) / 2
     claim("stops_in_III", after / (x[-1] - x[second]), -math.inf, half)
-    result["line"] = [[int(at[i]), float(fit[i].mean())] for i in sorted(ends)]
+    result["line"] = [[int(at[i]), float(fit[i].mean())] for i in corners]
     claims = result["claims"]
     failed = [name.replace("_", " ") for name in claims if claims[name]["verdict"] != "holds"]
-    for name, table, above, below in (
+    for name, table, *limits in (
         ("deviation_falls", sigma, -math.inf, 0),
         ("orthogonality_falls", spread, 0, math.inf),
     ):
         before = table[table.index < at[first]]
         later = table[table.index >= at[second]]
-        change = later.mean() - before.mean()
-        claim(name, change if min(len(before), len(later)) > 2 else [math.nan], above, below)
+        enough = min(len(before), len(later)) > 2
+        claim(name, later.mean() - before.mean() if enough else [math.nan], *limits)
 
     if runs < 3:
         reason = "Undecided: no interval over seeds, run three seeds or more"
@@ -355,7 +341,7 @@ def detect_phases(
     return result | {"reason": reason}
 
 
-# --------------------------------------------- Laws -----------------------------------------------
+# --------------------------------------- Laws and progress ----------------------------------------
 
 
 def signed_law(halves: pd.DataFrame) -> dict[str, float]:
@@ -421,9 +407,6 @@ def cut_levels(prompts: pd.DataFrame) -> dict[str, list[str]]:
     a, b = min(cuts, key=lambda cut: abs(shares[np.subtract(cut, 1)] - [1 / 3, 2 / 3]).sum())
     parts = {"hardest": order[:a], "middle": order[a:b], "easiest": order[b:]}
     return {f"{name}: {', '.join(part)}": [*part] for name, part in parts.items()}
-
-
-# --------------------------- Progress: what each norm would teach, and whom -----------------------
 
 
 def run_interval(sums: pd.Series, counts: pd.Series) -> list[float]:
@@ -674,24 +657,6 @@ def describe_phase(log: pd.DataFrame) -> dict[str, Any]:
     return row
 
 
-def gaps_by_part(
-    prompts: pd.DataFrame, norm: str, parts: dict[str, list[str]]
-) -> tuple[dict[str, dict[str, Any]], dict[str, pd.DataFrame]]:
-    """A norm's gap to none for each part of the levels: of all steps and by tenths of the run; and
-    its series [steps, seeds]."""
-    table: dict[str, dict[str, Any]] = defaultdict(dict)
-    curves = {}
-    last = prompts["step"].max()
-    for name, levels in parts.items():
-        own = prompts[prompts["level"].isin(levels)]
-        rates = own.pivot_table("pass_rate", "step", ["norm", "seed"])
-        gap = curves[name] = rates[norm] - rates["none"]
-        table["all steps"][name] = mean_interval(gap.mean())
-        for tenth, means in gap.groupby(gap.index * 10 // (last + 1)).mean().iterrows():
-            table[f"from step {tenth * (last + 1) / 10:.0f}"][name] = mean_interval(means)
-    return table, curves
-
-
 def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict]:
     """Over prompts, for all norms: how Fisher information correlates with reward variance, by part
     of the run and by side of pass rate 1/2, and how far the halves agree; and the signed law."""
@@ -711,10 +676,9 @@ def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict]:
         found[f"third {k + 1} of the run"] = parts
     for sign in "<>":
         found[f"pass rate {sign} ½"] = correlate(halves.query(f"pass_rate_half {sign} 0.5"))
-    fisher = {
-        cut: {name: mean_interval(r.groupby("seed").mean()) for name, r in row.items()}
-        for cut, row in found.items()
-    }
+    fisher: dict[str, dict[str, Any]] = defaultdict(dict)
+    for cut, name in itertools.product(found, pairs):
+        fisher[cut][name] = mean_interval(found[cut][name].groupby("seed").mean())
     rows = halves.dropna(subset=["third", "third_other", "curvature"])
     laws = pd.DataFrame([signed_law(part) for _, part in rows.groupby("seed") if len(part) > 2])
     law = {name: mean_interval(values) for name, values in laws.items()}
@@ -783,10 +747,24 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
 
     # What happened to whom, up to the end of the window, and what progress foretold there.
     parts = cut_levels(prompts)
-    paired = parts if main in gaps else {}
-    tenths, curves = gaps_by_part(prompts, main, paired)
-    window, happened = at_equal_progress(prompts, main, paired) if paired else (last + 1, {})
-    signs = opposite_signs(*list(curves.values())[:2]) if len(paired) == 3 else ""
+    tenths: dict[str, Any] = {}
+    curves = gaps[[]]
+    window = last + 1
+    happened: dict[str, Any] = {}
+    signs = ""
+    if parts and main in gaps:
+        part_of = {level: name for name, levels in parts.items() for level in levels}
+        named = prompts.assign(part=prompts["level"].map(part_of))
+        by_part = named.pivot_table("pass_rate", "step", ["norm", "part", "seed"])
+        curves = (by_part[main] - by_part["none"]).dropna(axis=1, how="all")[[*parts]]
+        tenth = curves.index * 10 // (last + 1)
+        cuts = {"all steps": curves.mean()}
+        for k, means in curves.groupby(tenth).mean().iterrows():
+            cuts[f"from step {k * (last + 1) / 10:.0f}"] = means
+        tenths = {cut: {x: mean_interval(means[x]) for x in parts} for cut, means in cuts.items()}
+        window, happened = at_equal_progress(prompts, main, parts)
+        if len(parts) == 3:
+            signs = opposite_signs(*(curves[part] for part in [*parts][:2]))
     source = next(norm for norm in ("none", "std", main) if norm in norms)
     progress = foretell([run for run in runs if run.config["norm"] == source], parts, window)
     fisher, curvature = describe_halves(halves, last)
@@ -795,7 +773,7 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
     lines = {
         "Pass rate on training prompts (%)": 100 * rates,
         "Lead over none (percentage points)": 100 * gaps,
-        "Lead by difficulty (percentage points)": 100 * pd.concat(curves or {"": gaps[[]]}, axis=1),
+        "Lead by difficulty (percentage points)": 100 * curves,
         "Deviation σ of a prompt's rewards, mean": wide["reward_std"],
         f"Cosines of two prompts' gradients, {main}": cosines,
     }
