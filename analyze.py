@@ -396,18 +396,21 @@ def cut_levels(prompts: pd.DataFrame) -> dict[str, list[str]]:
     return {f"{name}: {', '.join(part)}": [*part] for name, part in parts.items()}
 
 
-def run_interval(sums: pd.Series, counts: pd.Series) -> list[float]:
+def run_interval(sums: ArrayLike, counts: ArrayLike) -> list[float]:
     """Mean of a value over prompts, and its 95% interval from one run's measured steps: sums [n]
     over the prompts of a step, counts [n] of these; no interval (NaN) below eight steps. The error
     is that of differences between successive steps, in which the value's drift cancels: of
     d = sums - mean counts, sqrt(n / (2 (n - 1)) sum (d_(i+1) - d_i)^2) / sum counts."""
-    mean = sums.sum() / counts.sum() if counts.any() else math.nan
-    n = len(sums)
+    of_steps = np.asarray(sums, float)
+    prompts = np.asarray(counts, float)
+    n = len(prompts)
+    total = prompts.sum()
+    mean = float(of_steps.sum() / total) if total else math.nan
     half = math.nan
-    if n >= 8 and counts.any():
-        squares = (sums - mean * counts).diff().pow(2).sum()
-        half = stats.t.ppf(0.975, n - 1) * math.sqrt(n / (2 * n - 2) * squares) / counts.sum()
-    return [float(mean), float(mean - half), float(mean + half)]
+    if n >= 8 and total:
+        squares = np.square(np.diff(of_steps - mean * prompts)).sum()
+        half = float(stats.t.ppf(0.975, n - 1) * math.sqrt(n / (2 * n - 2) * squares) / total)
+    return [mean, mean - half, mean + half]
 
 
 def smooth_rates(prompts: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -445,7 +448,7 @@ def foretell(runs: list[Run], parts: dict[str, list[str]], stop: int) -> dict[st
     for norm in NORMS:
         points = 100 * 100 * rows[f"progress_{norm}"]  # of reward, in 100 steps
         rows[norm] = points * rows["seed"].map(scales.loc[norm])
-    rows = rows.dropna(subset=NORMS)
+    rows = rows.dropna(subset=NORMS).reset_index(drop=True)
     if rows.empty:
         return {}
     rows["std less none"] = rows["std"] - rows["none"]
@@ -478,7 +481,8 @@ def foretell(runs: list[Run], parts: dict[str, list[str]], stop: int) -> dict[st
 
     norm = runs[0].config["norm"] if runs[0].config["norm"] in NORMS else "none"
     cells = []
-    by_cell = rows[rows["step"] < end].groupby(["level", rows["step"] // 10 * 10])[norm].mean()
+    rows["start"] = rows["step"] // 10 * 10
+    by_cell = rows[rows["step"] < end].groupby(["level", "start"])[norm].mean()
     for (level, start), points in by_cell.items():
         then = min(start + 10, end)
         learnt = curves.at[level, then] - curves.at[level, start]
@@ -546,8 +550,8 @@ def opposite_signs(hardest: pd.DataFrame, middle: pd.DataFrame) -> str:
 
 def mere_speed_up(std: pd.DataFrame, none: pd.DataFrame) -> dict[str, Any]:
     """Whether `detect_phases` finds phases, too, if normalized runs are replaced by their partners
-    sped up by the constant, 1 to 2, that fits best: pass rates [steps, seeds]. The gap is then
-    none(constant t), smoothed, plus what smoothing takes from std (its noise), less none(t)."""
+    sped up by the constant, 1 to 2, that fits means best: pass rates [steps, seeds]. The gap is
+    then none(constant t), smoothed, plus what smoothing takes from std (noise), less none(t)."""
     pair = pd.concat({"std": std, "none": none}, axis=1).dropna()
     if pair.empty:
         return {"constant": math.nan, "found": False}
@@ -555,14 +559,13 @@ def mere_speed_up(std: pd.DataFrame, none: pd.DataFrame) -> dict[str, Any]:
     smooth = pair.copy()
     smooth[:] = ndimage.gaussian_filter1d(pair.to_numpy(), 2.5, axis=0, mode="nearest")
 
-    def at(constant: float, norm: str) -> pd.DataFrame:
-        return smooth[norm].apply(lambda curve: np.interp(constant * t, t, curve))
-
     # std slowed down is known at every step, none sped up is not.
     constants = np.arange(1, 2, 0.01)
-    errors = [np.square(at(1 / c, "std") - smooth["none"]).to_numpy().sum() for c in constants]
-    best = float(constants[np.argmin(errors)])
-    gap = at(best, "none") + pair["std"] - smooth["std"] - pair["none"]
+    means = smooth.T.groupby(level=0).mean()
+    slowed = [np.interp(t / constant, t, means.loc["std"]) for constant in constants]
+    best = float(constants[np.square(slowed - means.loc["none"].to_numpy()).sum(axis=1).argmin()])
+    sped_up = smooth["none"].apply(lambda curve: np.interp(best * t, t, curve))
+    gap = sped_up + pair["std"] - smooth["std"] - pair["none"]
     gap = gap[best * t <= t[-1]].T
     found = detect_phases(gap, 0 * gap, 0 * gap, gap.columns)["found"]
     return {"constant": best, "found": found}
@@ -656,13 +659,16 @@ def describe_halves(halves: pd.DataFrame, last: int) -> tuple[dict, dict]:
         part = part.set_index(["norm", "seed", "step"])
         return {name: correlations(part[pair]) for name, pair in pairs.items()}
 
-    found = {"all": correlate(halves)}
+    measured = halves.dropna(subset="fisher_half")
+    if measured.empty:
+        pairs = {}
+    found = {"all": correlate(measured)}
     for k in range(3):
         own = f"step * 3 // {last + 1} == {k}"
         parts = {name: r[r.index.to_frame().eval(own)] for name, r in found["all"].items()}
         found[f"third {k + 1} of the run"] = parts
     for sign in "<>":
-        found[f"pass rate {sign} ½"] = correlate(halves.query(f"pass_rate_half {sign} 0.5"))
+        found[f"pass rate {sign} ½"] = correlate(measured.query(f"pass_rate_half {sign} 0.5"))
     fisher: dict[str, dict[str, Any]] = defaultdict(dict)
     for cut, name in itertools.product(found, pairs):
         fisher[cut][name] = mean_interval(found[cut][name].groupby("seed").mean())
@@ -743,7 +749,8 @@ def compare(runs: list[Run], target: float | None) -> tuple[dict[str, Any], dict
         part_of = {level: name for name, levels in parts.items() for level in levels}
         named = prompts.assign(part=prompts["level"].map(part_of))
         by_part = named.pivot_table("pass_rate", "step", ["norm", "part", "seed"])
-        curves = (by_part[main] - by_part["none"]).dropna(axis=1, how="all")[[*parts]]
+        curves = by_part[main] - by_part["none"]
+        curves = curves.reindex(columns=pd.MultiIndex.from_product([parts, seeds]))
         cuts = curves.groupby(curves.index * 10 // (last + 1)).mean()
         cuts.index = [f"from step {tenth * (last + 1) / 10:.0f}" for tenth in cuts.index]
         cuts.loc["all steps"] = curves.mean()
@@ -809,7 +816,7 @@ def answer(rows: dict[str, dict[str, Any]]) -> str:
     it may be; as a share of none's progress if the interval of that is above 0, else in points."""
     told = []
     limits = []
-    for name in [*rows][:2]:
+    for name in [name for name in rows if name != "all"][:2] or ["all"]:
         change, low, high = rows[name]["std less none"]
         base, least, _ = rows[name]["none"]
         if not math.isfinite(low):
@@ -818,14 +825,14 @@ def answer(rows: dict[str, dict[str, Any]]) -> str:
         scale = 100 / base if least > 0 else 1.0
         part = name.split(":")[0]
         who = f"the {part} third" if part in ("hardest", "middle") else f"problems of {name}"
-        who = who.replace("problems of all", "all problems")
+        who = "all problems" if name == "all" else who
         if low > 0 or high < 0:
             sign = "more" if low > 0 else "less"
             told.append(f"{who} {show(float(f'{abs(change) * scale:.2g}'))}{unit} {sign}")
         limits.append(f"{show(float(f'{max(-low, high) * scale:.2g}'))}{unit} ({who})")
     if not told:
         return f"Dividing by σ would change neither by more than {' and '.join(limits)}."
-    seen = "" if len(told) == 2 else ", with no change seen in the other"
+    seen = "" if len(told) == len(limits) else ", with no change seen in the other"
     return f"Dividing by σ would give {' and '.join(told)} per step{seen}."
 
 
@@ -853,12 +860,15 @@ def first_page(title: str, found: dict[str, Any], table: Callable = markdown) ->
         if found["optimizer"] == "adamw":
             text += ", which AdamW takes back. With AdamW the figures are those of the first steps "
             text += "after a change of norm; over a whole run the differences are smaller"
-        text += f". Foretold and learnt agree with r = {show(progress['r'])} and slope "
-        text += f"{show(progress['slope'])} ({progress['cells']} cells of a level and ten steps)."
-        parts.append(text)
+        if math.isfinite(progress["r"]):
+            text += f". Foretold and learnt agree with r = {show(progress['r'])} and slope "
+            text += (
+                f"{show(progress['slope'])} ({progress['cells']} cells of a level and ten steps)"
+            )
+        parts.append(text + ".")
     else:
         parts.append("What each norm would teach (progress) was not measured.")
-    if found["happened"]:
+    if found["window"]:
         parts += [
             f"What {found['norm']} changed: its lead over none in points, mean of steps 0 to "
             f"{found['window'] - 1}. A common speed-up explains the first part, the rest went from "
@@ -896,7 +906,7 @@ above 0; the gain per step in III is below half that in II; mean σ falls from I
 cosines' deviation grows (noise widens it). *Not seen*: it may be anything in its interval.
 
 Of 60 simulations of ten pairs with the toy's noise, three phases are found in 0 without a gap; in
-60 of a sigmoid sped up by 1.1, each time with the remark that a speed-up would look the same; in 57
+60 of a sigmoid sped up by 1.1, each time with the remark that a speed-up would look the same; in 58
 of straight lines between which the gap opens and stops, never with that remark.
 
 ### Norms
