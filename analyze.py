@@ -854,17 +854,14 @@ def first_page(title: str, found: dict[str, Any], table: Callable = markdown) ->
             table(rows),
             f"**{answer(progress['rows'])}**",
         ]
-        text = (
-            f"At one learning rate std's steps are {progress['rate']:.2g} times as long as none's"
-        )
+        rate, r, slope = (show(progress[name]) for name in ("rate", "r", "slope"))
+        text = f"At one learning rate std's steps are {rate} times as long as none's"
         if found["optimizer"] == "adamw":
             text += ", which AdamW takes back. With AdamW the figures are those of the first steps "
             text += "after a change of norm; over a whole run the differences are smaller"
         if math.isfinite(progress["r"]):
-            text += f". Foretold and learnt agree with r = {show(progress['r'])} and slope "
-            text += (
-                f"{show(progress['slope'])} ({progress['cells']} cells of a level and ten steps)"
-            )
+            text += f". Foretold and learnt agree with r = {r} and slope {slope} "
+            text += f"({progress['cells']} cells of a level and ten steps)"
         parts.append(text + ".")
     else:
         parts.append("What each norm would teach (progress) was not measured.")
@@ -876,7 +873,9 @@ def first_page(title: str, found: dict[str, Any], table: Callable = markdown) ->
             table(found["happened"]),
         ]
     parts.append(f"**{found['phases']['reason']}.**")
-    return "\n\n".join(x if "\n" in x else textwrap.fill(x, 100) for x in parts)
+    # Neither a heading nor a table is wrapped.
+    wrapped = [text if "\n" in text else textwrap.fill(text, 100) for text in parts[1:]]
+    return "\n\n".join([parts[0], *wrapped])
 
 
 def describe(title: str, found: dict[str, Any]) -> str:
@@ -892,6 +891,11 @@ def describe(title: str, found: dict[str, Any]) -> str:
     for name, claim in phases["claims"].items():
         effect = [claim["effect"], *(claim["interval"] or [math.nan] * 2)]
         claims[name.replace("_", " ")] = {"effect": effect, "verdict": claim["verdict"]}
+    mere = "Whether a mere speed-up looks the same was not tried."
+    if "speed-up" in phases:
+        have = "have" if phases["speed-up"]["found"] else "do not have"
+        constant = phases["speed-up"]["constant"]
+        mere = f"Runs of none, sped up by {constant:.2f} (which fits best), {have} three phases."
     return f"""
 ## {first_page(title, found)}
 
@@ -905,9 +909,10 @@ In order, the claims hold if the mean gap in I is within a quarter of the gain i
 above 0; the gain per step in III is below half that in II; mean σ falls from I to III; and the
 cosines' deviation grows (noise widens it). *Not seen*: it may be anything in its interval.
 
-Of 60 simulations of ten pairs with the toy's noise, three phases are found in 0 without a gap; in
-60 of a sigmoid sped up by 1.1, each time with the remark that a speed-up would look the same; in 58
-of straight lines between which the gap opens and stops, never with that remark.
+{mere} Of 60
+simulations of ten pairs with the toy's noise, three phases are found in 0 without a gap; in 60 of a
+sigmoid sped up by 1.1, each time with the remark that a speed-up would look the same; in 58 of
+straight lines between which the gap opens and stops, never with that remark.
 
 ### Norms
 {markdown(found["norms"])}
@@ -957,7 +962,7 @@ def draw_progress(axis: Axes, progress: dict[str, Any]) -> None:
         for at, (_, *interval) in zip(x, bars):
             if interval:
                 axis.vlines(at, *interval, color="black", linewidth=1)
-    axis.set(title="What 100 steps would teach, and what was learnt (points)", ymargin=0.3)
+    axis.set(title="Foretold, and learnt (points per 100 steps)", ymargin=0.3)
     axis.set_xticks(range(len(parts)), [name.split(":")[0] for name in parts])
     axis.legend(title="" if parts else "not measured", ncols=4, framealpha=0.6)
 

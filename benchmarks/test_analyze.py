@@ -329,6 +329,7 @@ def write_progress(path: Path, seed: int = 0, **changes) -> analyze.Run:
 
     rates = {level: 0.1 + rise * np.arange(120) for level, rise in RISE.items()}
     columns = {name: [length] * 120 for name, length in LENGTHS.items()}
+    columns["length_std"][:10] = [99.0] * 10
     return analyze.read_run(write_run(path, rates, "none", seed, columns, measured))
 
 
