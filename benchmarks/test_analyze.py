@@ -348,6 +348,14 @@ def test_foretell_at_one_length_by_hand(tmp_path):
     assert rows["middle: b"]["pass rate"] == pytest.approx(0.1 + 0.002 * 50)  # 10, 20, ... 90
 
 
+def test_foretell_of_a_level_that_is_not_in_every_step(tmp_path):
+    run = write_progress(tmp_path / "run")
+    run.halves = run.halves.query("level != 'a' or step < 50")
+    rows = analyze.foretell([run], PARTS, 100)["rows"]
+    assert rows["hardest: a"]["none"] == pytest.approx([12.5] * 3)
+    assert rows["hardest: a"]["share"] == pytest.approx(4 / 22)  # steps 10 to 40 of 10 to 90
+
+
 def test_foretell_r_and_slope_of_what_was_learnt(tmp_path):
     found = analyze.foretell([write_progress(tmp_path / "run")], PARTS, 100)
     assert found["cells"] == 27
@@ -417,6 +425,15 @@ def test_at_equal_progress_by_hand():
     assert a == pytest.approx([4.82, 0.82, 4], abs=0.02)
     assert b == pytest.approx([-2.36, 1.64, -4], abs=0.02)
     assert sum(a[1:]) == pytest.approx(a[0], abs=1e-12) and a[2] + b[2] == pytest.approx(0)
+
+
+def test_at_equal_progress_does_not_take_a_peak_for_the_level():
+    """0.4 and 0.2 by turns are 0.3 as a rising curve, not 0.4; at step 120 both rise to 0.9."""
+    turns = np.append(np.tile(np.repeat([0.4, 0.2], 10), 6), [0.9] * 30)
+    level = np.where(np.arange(150) < 120, 0.3, 0.9)
+    prompts = table_of({"none": {"a": [turns]}, "std": {"a": [level]}})
+    _, found = analyze.at_equal_progress(prompts, "std", {"a": ["a"]})
+    assert found["a"]["gap, std − none"][0] == pytest.approx(0, abs=0.5)
 
 
 def test_at_equal_progress_ends_where_none_has_made_most_of_its_rise():
