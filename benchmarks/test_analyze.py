@@ -975,8 +975,8 @@ def test_main_shows_the_first_page_alone(tmp_path, capsys, monkeypatch):
     lines = {line[:10]: line.split() for line in text.splitlines()}
     # At one length std's progress is a quarter of none's, 2 * 150 points.
     assert lines["level f   "][4:6] == ["300", "75"]
-    assert lines["hardest: a"][-3:]
     assert "std's steps are 4 times as long" in text and "reallocation" in text
+    assert "gradients of none in steps 10 to 8" in text and "**" not in text
     report = (tmp_path / "analysis.md").read_text()
     assert "Fisher" in report and "Fisher" not in text
 
