@@ -4,7 +4,6 @@ the slow ones too."""
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -25,11 +24,11 @@ import experiment  # noqa: E402
 import make_tasks  # noqa: E402
 import neighbours  # noqa: E402
 import warm_start  # noqa: E402
+from test_analyze import slow, write_run  # noqa: E402
 
 import grpo  # noqa: E402
 
 ASSETS = ROOT / "assets"
-slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 
 
 def rows(path):
@@ -345,36 +344,21 @@ def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
     assert found == pytest.approx([expected / (J * (1 - J))])
 
 
-def write_run(path, norm, seed, rates, later=None):
-    """The logs of 30 steps at constant pass rates by level, which may change at step 20, and of as
-    many held out."""
-    config = dict(norm=norm, seed=seed, prompts=len(rates), group=4, task="letters")
-    by_step = [rates] * 20 + [later or rates] * 10
-    means = [np.mean([*now.values()]) for now in by_step]
-    metrics = [
-        {"step": step, "pass_rate": mean, "reward": mean, "reward_std": 0.1}
-        for step, mean in enumerate(means)
-    ]
-    metrics.append({"step": 30, "eval_reward": means[-1]})
-    prompts = [
-        {"step": step, "level": level, "pass_rate": rate, "reward_std": 0.1}
-        for step, now in enumerate(by_step)
-        for level, rate in now.items()
-    ]
-    (path / "model").mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
-    for name, lines in (("metrics", metrics), ("prompts", prompts)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (path / f"{name}.jsonl").write_text(text)
+def write_levels(path, norm, seed, rates, later=None):
+    """The logs of 30 steps at constant pass rates by level, which may change at step 20."""
+    by_level = {
+        level: [rate] * 20 + [(later or rates)[level]] * 10 for level, rate in rates.items()
+    }
+    write_run(path, by_level, norm, seed)
 
 
 def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
     for study in ("letters", "arith"):
         for seed, lead in enumerate((0.06, 0.09, 0.12)):  # on one level of three
             rates = dict(a=0.2, b=0.5, c=0.8)
-            write_run(tmp_path / study / "default" / f"none-{seed}", "none", seed, rates)
+            write_levels(tmp_path / study / "default" / f"none-{seed}", "none", seed, rates)
             more = rates | dict(a=0.2 + lead)
-            write_run(tmp_path / study / "default" / f"std-{seed}", "std", seed, more)
+            write_levels(tmp_path / study / "default" / f"std-{seed}", "std", seed, more)
     low, high = 3 + scipy.stats.t.ppf([0.025, 0.975], 2) / 3**0.5  # of 2, 3 and 4 points
     gap, both = f"3 [{low:.3g}, {high:.3g}]", experiment.embedded(tmp_path)
     assert f"| 0 to 30 | {gap} | {gap} |" in both
@@ -400,12 +384,12 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
                 {level: rate + more for level, rate in now.items()}
                 for now, more in zip((rates, after), leads)
             )
-            write_run(folder / f"none-{seed}", "none", seed, rates, after)
-            write_run(folder / f"std-{seed}", "std", seed, early, late)
+            write_levels(folder / f"none-{seed}", "none", seed, rates, after)
+            write_levels(folder / f"std-{seed}", "std", seed, early, late)
         third = {level: rate + lead / 3 for level, rate in rates.items()}
         path = tmp_path / "pretrained" / "letters-batch" / f"batch-{seed}"
-        write_run(path, "batch", seed, rates, third)
-    write_run(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
+        write_levels(path, "batch", seed, rates, third)
+    write_levels(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
     (tmp_path / "pretrained" / "letters-lora" / "none-0").mkdir(parents=True)  # only begun
     lines = experiment.carried(tmp_path).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
@@ -428,8 +412,8 @@ def test_thirds_of_runs_that_part_in_the_last_one(tmp_path):
     rates, half = dict(a=0.25, b=0.75), scipy.stats.t.ppf(0.975, 2) / 3**0.5
     for seed in range(3):  # ahead by 1, 2 and 3 points
         later = {level: rate + 0.01 * (seed + 1) for level, rate in rates.items()}
-        write_run(tmp_path / "model" / "Some" / f"none-{seed}", "none", seed, rates)
-        write_run(tmp_path / "model" / "Some" / f"std-{seed}", "std", seed, rates, later)
+        write_levels(tmp_path / "model" / "Some" / f"none-{seed}", "none", seed, rates)
+        write_levels(tmp_path / "model" / "Some" / f"std-{seed}", "std", seed, rates, later)
     gap, alike = f"2 [{2 - half:.3g}, {2 + half:.3g}]", "0 [0, 0]"
     lines = experiment.thirds(tmp_path).splitlines()
     assert lines[0] == "|  | 0 to 10 | 10 to 20 | 20 to 30 |"
@@ -444,7 +428,7 @@ def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
         lead = 0.06 + 0.03 * n if cell == "separate-unequal" else 0.03  # on one level of three
         for norm, more in (("none", 0), ("std", lead), ("batch", 0.015 + 0.015 * n)):
             rates = start | dict(a=0.2 + more)
-            write_run(tmp_path / "drawn" / cell / f"{n}" / f"{norm}-0", norm, 0, rates)
+            write_levels(tmp_path / "drawn" / cell / f"{n}" / f"{norm}-0", norm, 0, rates)
     rows = [line.split(" | ") for line in experiment.contrast(tmp_path).splitlines()[2:]]
     found = {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in rows}
     half = scipy.stats.t.ppf(0.975, 2) / 3**0.5  # of 2, 3 and 4 points over three tasks
