@@ -130,7 +130,7 @@ def neighbours(given: argparse.Namespace) -> Plan:
     """The methods of neighbours.py (nsgd at its best of three rates on seed 100), and the clip that
     vespo replaces."""
     changes: dict[str, dict[str, Any]] = {"vl-norm": {}, "nsgd": dict(lr=0.1)}
-    changes |= {"vespo": dict(epochs=2), "spo": {}}
+    changes["vespo"] = dict(epochs=2)
     for method, flags in changes.items():
         yield from paired(method, ["std"], COMPARING[:3], method=method, **flags)
     yield from paired("two-epochs", ["std"], COMPARING[:3], epochs=2, **QUIET)
@@ -270,8 +270,6 @@ def run(path: Path, flags: dict[str, Any], jobs: int) -> str:
             other
         )
     method = flags.get("method", "")
-    if method == "spo":  # it cannot be resumed
-        shutil.rmtree(path, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     script = [HERE / "neighbours.py", method] if method else [HERE.parent / "grpo.py"]
     command = [sys.executable, *script]
