@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -113,6 +115,12 @@ def test_the_letters_pass_rates_at_the_start_are_as_stated():
         own = [row["question"][0] == letter for row in problems]
         found = rates[own].mean()
         assert found == pytest.approx(rate**3, abs=0.08)  # 340 samples: up to three standard errors
+
+
+def test_start_rates_are_as_stated():
+    rates = experiment.start_rates(ASSETS / "letters", samples=4)
+    for letter, (*_, rate) in make_tasks.LETTERS.items():
+        assert rates[letter] == pytest.approx(rate**3, abs=0.08)  # as above
 
 
 def test_drawn_letters_differ_in_digits_and_order_and_equal_ones_are_as_hard_on_average():
@@ -341,6 +349,35 @@ def write_run(path, norm, seed, rates, later=None):
     for name, lines in (("metrics", metrics), ("prompts", prompts)):
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (path / f"{name}.jsonl").write_text(text)
+
+
+def test_fresh_is_the_mean_gap_of_the_stored_pairs():
+    text = (ROOT / "benchmarks" / "results" / "letters-gaps-20-29.json").read_text()
+    gaps = [100 * sum(pair["gap"]) / 250 for pair in json.loads(text).values()]
+    low, high = scipy.stats.t.interval(0.95, 9, np.mean(gaps), scipy.stats.sem(gaps))
+    expected = f"| 10 | {np.mean(gaps):.3g} [{low:.3g}, {high:.3g}] |"
+    assert expected == "| 10 | 1.69 [1.29, 2.1] |"
+    assert expected in experiment.fresh(Path())
+
+
+def test_run_takes_the_archived_runs_as_made(tmp_path, monkeypatch):
+    """An earlier grpo.py made them: its config.json has other settings of what is measured."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(ROOT / "benchmarks" / "results" / "pretrained-logs.tar.xz") as archive:
+        archive.extractall("runs/experiment", filter="data")
+    monkeypatch.setattr(
+        experiment,
+        "pretrained_start",
+        lambda given, shared: given.out / "tasks" / f"SmolLM2-135M-Instruct-{shared}-of-3",
+    )
+    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10))
+    plan = dict(experiment.pretrained(given))
+    for path, flags in plan.items():
+        path = given.out / "pretrained" / path
+        assert experiment.run(path, flags, 1) == f"{path}: there already"
+    changed = experiment.run(path, flags | dict(lr=1e-3, chat=True), 1)
+    assert changed == f"{path}: there already, but made with another lr, chat: remove it"
+    assert len(plan) == len([*given.out.glob("pretrained/*/*/model")]) == 56
 
 
 def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
