@@ -7,7 +7,9 @@ import math
 import re
 import subprocess
 import sys
+import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +114,12 @@ def test_the_letters_pass_rates_at_the_start_are_as_stated():
         own = [row["question"][0] == letter for row in problems]
         found = rates[own].mean()
         assert found == pytest.approx(rate**3, abs=0.08)  # 340 samples: up to three standard errors
+
+
+def test_start_rates_are_as_stated():
+    rates = experiment.start_rates(ASSETS / "letters", samples=4)
+    for letter, (*_, rate) in make_tasks.LETTERS.items():
+        assert rates[letter] == pytest.approx(rate**3, abs=0.08)  # as above
 
 
 def test_drawn_letters_differ_in_digits_and_order_and_equal_ones_are_as_hard_on_average():
@@ -266,66 +274,41 @@ def test_vespo_weighs_each_sequence_by_its_ratio():
         torch.testing.assert_close(found, expected.expand(3, 2))
 
 
-@pytest.mark.parametrize("kl, rho", [(0.0, 0.96), (0.006, 2**-0.1), (9.0, 0.875)])
-def test_spo_remembers_each_prompt_and_forgets_as_the_policy_moves(monkeypatch, kl, rho):
-    tracker = neighbours.Tracker()
-    monkeypatch.setattr(tracker, "divergence", lambda group: kl)
-    groups = [SimpleNamespace(prompts=[prompt]) for prompt in ([1, 2], [3])]
-    monkeypatch.setattr(tracker, "groups", lambda: groups)
-    # Less the mean of the others; less 1/3 and 1; less (rho + 1) / (3 rho + 3) and rho / (1 + rho).
-    last = [x - rho / (1 + rho) for x in (0, 1, 0)]
-    for rewards, raw in (
-        ([[1, 0, 0], [1, 1, 1]], [[1, -0.5, -0.5], [0, 0, 0]]),
-        ([[0, 0, 1], [0, 0, 0]], [[-1 / 3, -1 / 3, 2 / 3], [-1, -1, -1]]),
-        ([[1, 1, 0], [0, 1, 0]], [[2 / 3, 2 / 3, -1 / 3], last]),
-    ):
-        A = torch.tensor(raw, dtype=torch.float64)
-        found = tracker.advantages(torch.tensor(rewards, dtype=torch.float64), "std")
-        torch.testing.assert_close(found, (A - A.mean()) / (A.std(correction=0) + 1e-6))
-
-
-def test_spo_measures_how_far_the_policy_has_moved():
-    """k3 a token, exp(d) - d - 1 with d = now - then, of whole sequences without a cache."""
-    config, tracker = grpo.Config(device="cpu", max_new_tokens=6), neighbours.Tracker()
-    policy, T = grpo.load_policy(config), 0.7
-    torch.manual_seed(0)
-    batch = tracker.rollout(policy, [[5, 6, 7, 8], [9, 10]], torch.rand(2, 4, 6), T)
-    for parameter in policy.model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape)
-    policy.limits = (20, 10)  # several micro-batches
-    groups = tracker.groups()
-    assert [group.prompts for group in groups] == [[prompt] for prompt in batch.prompts]
-    for p, group in enumerate(groups):
-        differences = []
-        for g, length in enumerate(batch.lengths[p].tolist()):
-            row, then = (x[p, g, :length] for x in (batch.tokens, batch.logprobs))
-            whole = torch.tensor([[*batch.prompts[p], *row.tolist()]])
-            logits = policy.model(whole).logits[0, -length - 1 : -1] / T
-            differences += (logits.log_softmax(-1)[range(length), row] - then).tolist()
-        d = np.array(differences)
-        assert np.abs(d).mean() > 0.1
-        assert tracker.divergence(group) == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
-
-
 @pytest.mark.parametrize("flags, task", [({}, "letters"), (dict(data="rows.jsonl"), "math")])
-def test_a_neighbours_run_is_named_after_its_task_and_method(flags, task):
-    config = neighbours.Config(method="spo", seed=3, device="cpu", **flags)
-    assert config.task == task and config.out == f"runs/{task}-spo-std-3"
-    assert neighbours.Config(method="spo", device="cpu", out="here", **flags).out == "here"
+def test_neighbours_config_names_a_run_after_task_and_method(flags, task):
+    config = neighbours.Config(method="vespo", seed=3, device="cpu", **flags)
+    resolved = neighbours.resolve(config)
+    assert resolved.task == task and resolved.out == f"runs/{task}-vespo-std-3"
+    assert neighbours.resolve(resolved) == resolved
+    assert neighbours.resolve(replace(config, out="here")).out == "here"
+
+
+def test_neighbours_measure_the_same_policy_gradient(monkeypatch):
+    """With tokens weighed and losses taken by other functions: a batch's first update is made by
+    the policy that sampled it."""
+    config = grpo.resolve(grpo.Config(prompts=3, group=4, curvature=True, device="cpu"))
+    policy = grpo.load_policy(config)
+    problems = grpo.load_problems(config, None, grpo.exact_match)[0][:3]
+    problems = grpo.encode_problems(problems, policy, config)
+    uniforms = grpo.draw(config, grpo.TRAIN, 0, range(3), 4)
+    batch = grpo.rollout(policy, [problem.prompt for problem in problems], uniforms, 1.0)
+    batch.rewards = torch.tensor([[0.0, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.float64)
+    batch.weights = grpo.token_weights(batch.lengths, "sequence")
+    columns = grpo.measure(policy, batch, "abc", config)[1]
+    monkeypatch.setattr(grpo, "policy_loss", neighbours.vespo_loss)
+    batch.weights = neighbours.vl_norm_weights(batch.lengths, "sequence")
+    again = grpo.measure(policy, batch, "abc", config)[1]
+    assert columns["prompt_grad_norm"][0] > 0
+    torch.testing.assert_close(again, columns, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @slow
-@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2", "spo"])
-def test_each_method_runs(method, tmp_path):
-    lines = Path(grpo.TASKS["letters"].train).read_text().splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_text("".join(lines[:12]))  # each is sampled twice and more
-    flags = f"--task letters --data {tmp_path}/few.jsonl --eval-problems 3 --out {tmp_path}/run"
-    flags += " --prompts 4 --group 4 --steps 8"
+@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2"])
+def test_neighbours_trains_by_each_method(method, tmp_path):
+    flags = f"--eval-problems 3 --out {tmp_path}/run --prompts 4 --group 4 --steps 8"
     command = [sys.executable, neighbours.__file__, *method.split(), *flags.split()]
     subprocess.run(command, check=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"skipped": 0') == 8
-    refused = subprocess.run([*command, "--geometry-every", "1"], capture_output=True, text=True)
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
 
 
 # ----------------------------------------- experiment.py ------------------------------------------
@@ -350,6 +333,35 @@ def write_levels(path, norm, seed, rates, later=None):
         level: [rate] * 20 + [(later or rates)[level]] * 10 for level, rate in rates.items()
     }
     write_run(path, by_level, norm, seed)
+
+
+def test_fresh_is_the_mean_gap_of_the_stored_pairs():
+    text = (ROOT / "benchmarks" / "results" / "letters-gaps-20-29.json").read_text()
+    gaps = [100 * sum(pair["gap"]) / 250 for pair in json.loads(text).values()]
+    low, high = scipy.stats.t.interval(0.95, 9, np.mean(gaps), scipy.stats.sem(gaps))
+    expected = f"| 10 | {np.mean(gaps):.3g} [{low:.3g}, {high:.3g}] |"
+    assert expected == "| 10 | 1.69 [1.29, 2.1] |"
+    assert expected in experiment.fresh(Path())
+
+
+def test_run_takes_the_archived_runs_as_made(tmp_path, monkeypatch):
+    """An earlier grpo.py made them: its config.json has other settings of what is measured."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(ROOT / "benchmarks" / "results" / "pretrained-logs.tar.xz") as archive:
+        archive.extractall("runs/experiment", filter="data")
+    monkeypatch.setattr(
+        experiment,
+        "pretrained_start",
+        lambda given, shared: given.out / "tasks" / f"SmolLM2-135M-Instruct-{shared}-of-3",
+    )
+    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10))
+    plan = dict(experiment.pretrained(given))
+    for path, flags in plan.items():
+        path = given.out / "pretrained" / path
+        assert experiment.run(path, flags, 1) == f"{path}: there already"
+    changed = experiment.run(path, flags | dict(lr=1e-3, chat=True), 1)
+    assert changed == f"{path}: there already, but made with another lr, chat: remove it"
+    assert len(plan) == len([*given.out.glob("pretrained/*/*/model")]) == 56
 
 
 def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):

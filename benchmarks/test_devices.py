@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -24,7 +24,7 @@ import grpo  # noqa: E402
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 # With a large learning rate, so that the second step's numbers show the first one's update.
 SMALL = dict(task="letters", steps=2, prompts=4, group=4, eval_problems=8, lr=3e-3, dtype="float32")
-MEASURED = dict(geometry_every=1, probe_every=1)
+MEASURED = dict(measure_every=1, curvature=True)
 # Times, and what is nothing but rounding.
 UNEQUAL = {"seconds_rollout", "seconds_update", "tokens_per_second", "logprob_gap"}
 
@@ -32,7 +32,7 @@ UNEQUAL = {"seconds_rollout", "seconds_update", "tokens_per_second", "logprob_ga
 def pretended(out, **changes):
     """A run on the pretended device, in a process of its own; returns what it printed."""
     settings = SMALL | dict(out=out) | changes
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in settings]
     command = [sys.executable, ROOT / "benchmarks" / "pretend_cuda.py", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -76,7 +76,7 @@ def assert_same_run(found, expected):
     [
         MEASURED,
         dict(epochs=2, kl=0.1),
-        dict(lora=4, probe_every=1),
+        dict(lora=4) | MEASURED,
         dict(optimizer="sgd", agg="token", lr=10.0),
     ],
     ids=str,
@@ -100,7 +100,7 @@ def test_a_sketched_run_is_that_of_the_cpu(tmp_path, monkeypatch):
 @slow
 def test_a_run_in_bfloat16(tmp_path):
     """Rollout and training are one policy, measured in float32, of which the masters are."""
-    assert "torch.bfloat16 on cuda:0" in pretended(tmp_path, dtype="bfloat16", probe_every=1)
+    assert "torch.bfloat16 on cuda:0" in pretended(tmp_path, dtype="bfloat16", **MEASURED)
     *steps, _ = rows(tmp_path / "metrics.jsonl")
     assert len(steps) == 2 and all(x["logprob_gap"] < 0.1 and x["skipped"] == 0 for x in steps)
     assert np.isfinite([x["curvature"] for x in steps]).all()
@@ -110,18 +110,19 @@ def test_a_run_in_bfloat16(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_goes_on_on_the_cpu_and_back(dtype, tmp_path, capsys):
-    out, there = tmp_path / "run", "bfloat16" if dtype == "auto" else "float32"
-    legs = ("cuda", there), ("cpu", "float32"), ("cuda", there)
-    for steps, (device, weights) in zip((2, 4, 6), legs):
+    """In the type that it began in, which is not named when it is resumed."""
+    out = tmp_path / "run"
+    for steps, device in ((2, "cuda"), (4, "cpu"), (6, "cuda")):
         if steps == 2:
             printed = pretended(out, dtype=dtype)
         else:
-            here(out, device, dtype=dtype, steps=steps, resume=True)
+            here(out, device, dtype=None, steps=steps, resume=True)
             printed = capsys.readouterr().out
-        assert f"torch.{weights} on {device}" in printed
-        assert stored(out)["dtype"] == dtype and device in stored(out)["device"]
+        assert f"torch.{dtype} on {device}" in printed
+        assert stored(out)["dtype"] == dtype
+        assert device in stored(out)["device"]
         log = rows(out / "metrics.jsonl")
         assert [line["step"] for line in log] == [*range(steps + 1)]
         assert not any(line["skipped"] for line in log[:-1])
@@ -131,15 +132,10 @@ def test_a_run_goes_on_on_the_cpu_and_back(dtype, tmp_path, capsys):
 
 
 @slow
-def test_a_checkpoint_that_has_what_auto_meant_on_the_device_goes_on_there(tmp_path):
-    path = tmp_path / grpo.CHECKPOINT
-    here(tmp_path, "cuda", dtype="auto")
-    with safe_open(path, "pt") as file:
-        state = json.loads(file.metadata()["state"])
-    state["config"]["dtype"] = "bfloat16"  # as checkpoints had it
-    save_file(load_file(path), path, {"state": json.dumps(state)})
-    here(tmp_path, "cuda", dtype="auto", steps=3, resume=True)
-    assert [line["step"] for line in rows(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3]
+def test_resolve_takes_bfloat16_on_the_device_unless_given():
+    with pretend_cuda.Pretence():
+        assert grpo.resolve(grpo.Config(device="cuda")).dtype == "bfloat16"
+    assert grpo.resolve(grpo.Config(device="cpu")).dtype == "float32"
 
 
 REFUSED = {
