@@ -166,7 +166,7 @@ def naive_forward(model, theta: dict[str, torch.Tensor]):
 def geometry(f, first, levels, second=None):
     """Of groups of 3, 2 in the first half; the halves are alike if there is one."""
     halves = (torch.tensor(x, dtype=torch.float64) for x in (first, second or first))
-    values, columns = f(*halves, 3, [*levels])
+    values, columns = f(*halves, 3, levels and [*levels])
     return [*values.values()], *columns.values()
 
 
@@ -225,6 +225,9 @@ geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]], "aba")
 geometry(gradient_geometry, [[1, 0], [3, 4]], [None] * 2, [[2, 0], [1, 2]])
   -> [2, 7 / 149**0.5, 0, 1, 0, 221/165, 93.6/165] + [28/46.8, 6/22] * 2 + [nan] * 2,
   [4/3, 149**0.5/3], [1.6, 8.8]
+# the same where nothing is known of levels: what needs them is left out
+geometry(gradient_geometry, [[1, 0], [3, 4]], None, [[2, 0], [1, 2]])
+  -> [2, 7 / 149**0.5, 0, 1, 0, 221/165, 93.6/165, 28/46.8, 6/22], [4/3, 149**0.5/3], [1.6, 8.8]
 # a prompt without a gradient, which is a gradient of 0; one gradient alone
 geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], "aab")
   -> [2, 0.6, 0, 1, 0, 52/34, 4/5, 45/136, 0.36, 0, nan, 45/86, 0.36], [5, 0, 3], [20, 0, 7.2]
