@@ -1,8 +1,8 @@
 """Tests of grpo.py. `pytest` runs the quick ones, `GRPO_SLOW=1 pytest` all of them.
 
-The tests "to copy" go with the functions that are there to be copied, and need only torch and
-pytest. Every expected value is worked out by hand, by another library, or by the naive computation
-that the code avoids.
+Those "to copy" go with the functions that are there to be copied, and need only torch and pytest.
+Every expected value is worked out by hand, by another library, or by the naive computation that the
+code avoids. Many kinds of model are in benchmarks/test_models.py, long runs in test_runs.py there.
 """
 # ruff: noqa: E402
 
@@ -12,20 +12,9 @@ import pytest
 import torch
 from torch import tensor
 
-from grpo import (
-    advantage_scale,
-    count_sketch,
-    directional_curvature,
-    gradient_geometry,
-    group_advantages,
-    k3_divergence,
-    pair_cosines,
-    policy_loss,
-    sample_tokens,
-    square,
-    token_logprobs,
-    token_weights,
-)
+from grpo import advantage_scale, directional_curvature, gradient_geometry, group_advantages
+from grpo import count_sketch, k3_divergence, pair_cosines, policy_loss, sample_tokens, square
+from grpo import token_logprobs, token_weights
 
 # ------------------------------------------- to copy ----------------------------------------------
 
@@ -33,10 +22,9 @@ from grpo import (
 def test_group_advantages():
     # Means 1/5 and 6/5; deviations 2/5, variances 4/25. As integers, too.
     rewards = tensor([[1, 0, 0, 0, 0], [2, 1, 1, 1, 1]])
-    shape = tensor([0.8, -0.2, -0.2, -0.2, -0.2])
+    shape = tensor([[0.8, -0.2, -0.2, -0.2, -0.2]] * 2)
     for norm, eps, scale in (("none", 0.1, 1), ("std", 0.1, 2), ("var", 0.04, 5)):
-        advantages = group_advantages(rewards, norm, eps)
-        assert torch.allclose(advantages, torch.stack([shape, shape]) * scale)
+        assert torch.allclose(group_advantages(rewards, norm, eps), shape * scale)
     # All rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1.
     advantages = group_advantages(tensor([[True, False], [True, True]]), "batch", 0.0)
     assert torch.allclose(advantages, tensor([[2 / 3**0.5, -2 / 3**0.5], [0, 0]]))
@@ -48,38 +36,47 @@ def test_advantage_scale():
     assert advantage_scale(rewards, "none").tolist() == [[1], [0]]
     assert advantage_scale(rewards, "var")[0].item() == pytest.approx(1 / 1.000001, rel=1e-9)
     assert advantage_scale(tensor([[5, 1]]), "var", 0.0).tolist() == [[0.25]]
+    assert advantage_scale(tensor([[5, 1]]), "batch", 2.0).tolist() == [[0.25]]
     # Equal rewards: exactly 0, though by rounding the deviation of these is 1e-8.
-    for norm in ("std", "batch"):
+    for norm in ("std", "var", "batch"):
         assert advantage_scale(tensor([[0.1] * 12] * 2), norm, 0.0).tolist() == [[0], [0]]
 
 
 def test_token_weights():
     lengths = tensor([[1, 3], [4, 2]])
     assert token_weights(lengths, "sequence").tolist() == [[1 / 4, 1 / 4], [1 / 4, 1 / 4]]
-    assert torch.allclose(
-        token_weights(lengths, "mean"), tensor([[1 / 4, 1 / 12], [1 / 16, 1 / 8]])
-    )
+    assert token_weights(lengths, "mean").tolist() == [
+        pytest.approx([1 / 4, 1 / 12]), pytest.approx([1 / 16, 1 / 8])
+    ]  # fmt: skip
     assert torch.allclose(token_weights(lengths, "token"), torch.full((2, 2), 1 / 10))
 
 
 def test_policy_loss():
     # Ratio 2: A = 1 is clipped to 1.2, A = -1 is not. Ratio 1/2: A = 1 is not clipped, and has
     # twice the weight; A = -1 is clipped to 0.8.
-    ratio = tensor([2, 2, 0.5, 0.5])
     old = tensor([-1.0, -2.0, -3.0, -4.0])
+    logprobs = old + tensor([2, 2, 0.5, 0.5]).log()
     A = tensor([1.0, -1.0, 1.0, -1.0])
-    loss = policy_loss(old + ratio.log(), old, A, tensor([1.0, 1.0, 2.0, 1.0]), 0.2)
+    loss = policy_loss(logprobs, old, A, tensor([1.0, 1.0, 2.0, 1.0]), 0.2)
     assert loss.item() == pytest.approx(-(1.2 - 2 + 2 * 0.5 - 0.8))
 
 
 def test_k3_divergence():
-    # Log ratios to the reference ln 1, ln 2, ln 1/2: e^-d - 1 + d is 0, ln 2 - 1/2, 1 - ln 2;
-    # ratios to what was sampled from: 1, 2, 1/2.
+    # Ratios to what was sampled from, and to the reference, of 1, 2, 1/2: times 1/ratio - 1 + ln.
     logprobs = tensor([1, 2, 0.5]).log()
     expected = [0, 2 * (math.log(2) - 0.5), (1 - math.log(2)) / 2]
-    assert k3_divergence(logprobs, tensor([0.0] * 3), tensor([0.0] * 3)).tolist() == (
-        pytest.approx(expected, abs=1e-7)
-    )
+    found = k3_divergence(logprobs, tensor([0.0] * 3), tensor([0.0] * 3))
+    assert found.tolist() == pytest.approx(expected, abs=1e-7)
+    # Over the tokens sampled from `old`, its mean gradient is that of sum p (ln p - ln reference).
+    logits = tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(0)
+    old = tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    reference = tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    estimate = (old * k3_divergence(logprobs, old.log(), reference)).sum()
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    (found,) = torch.autograd.grad(estimate, logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(divergence, logits)
+    assert torch.allclose(found, expected)
 
 
 def test_sample_tokens():
@@ -92,16 +89,18 @@ def test_sample_tokens():
     tokens, logprobs, _ = sample_tokens(logits, tensor([0.09, 0.11]), 0.5)
     assert tokens.tolist() == [0, 1]
     assert logprobs.tolist() == pytest.approx([math.log(0.1), math.log(0.9)])
-    tokens, logprobs, entropy = sample_tokens(logits, tensor([0.0, 0.0]), 0.0)  # greedy
-    assert tokens.tolist() == [1, 1]
-    assert logprobs[0].item() == pytest.approx(math.log(3 / 4))
-    assert entropy[0].item() == pytest.approx(math.log(4) - 0.75 * math.log(3))
-    # The ends of the unit interval, beside tokens of probability 0.
+    greedy = sample_tokens(logits[:1], tensor([0.0]), 0.0)
+    expected = 1, math.log(3 / 4), math.log(4) - 0.75 * math.log(3)
+    assert [x.item() for x in greedy] == pytest.approx(expected)
+    # The ends of the unit interval: tokens of probability 0 are not drawn, however sums are rounded.
     logits = tensor([[0, 1.0, 1, 0]] * 2).log()
-    assert sample_tokens(logits, tensor([0, 1 - 2**-24]), 1.0)[0].tolist() == [1, 2]
-    assert sample_tokens(logits, tensor([0.49, 0.51]), 1.0)[2].tolist() == pytest.approx(
-        [math.log(2)] * 2
-    )
+    tokens, _, entropy = sample_tokens(logits, tensor([0, 1 - 2**-24]), 1.0)
+    assert tokens.tolist() == [1, 2] and entropy.tolist() == pytest.approx([math.log(2)] * 2)
+    for n in range(2, 300):
+        logits = torch.cat([torch.zeros(1, n), tensor([[-math.inf]])], dim=1)
+        assert sample_tokens(logits, tensor([1 - 2**-24]), 1.0)[0] < n
+    _, logprob, _ = sample_tokens(tensor([[0.0, 1.0]]).bfloat16(), tensor([0.0]), 1.0)
+    assert logprob.item() == pytest.approx(-math.log(1 + math.e), rel=1e-6)  # in float32
 
 
 def test_token_logprobs():
@@ -112,6 +111,9 @@ def test_token_logprobs():
     found = token_logprobs(logits, tensor([1, 0]), 0.5)
     assert found.tolist() == pytest.approx([math.log(9 / 10), math.log(1 / 10)])
     assert logits[0, 1].item() == pytest.approx(math.log(3))  # as before
+    for dtype, close in ((torch.bfloat16, 1e-6), (torch.float64, 1e-14)):
+        found = token_logprobs(tensor([[0.0, 1.0]]).to(dtype), tensor([0]), 1.0)
+        assert found.item() == pytest.approx(-math.log(1 + math.e), rel=close)
 
 
 def test_count_sketch():
@@ -133,37 +135,55 @@ def test_square():
 
 
 def test_gradient_geometry():
-    # Of 3 completions 2 are in the first half: x = (4, 0) / 3, y = (7, 10) / 3, xx = 16/9,
+    # Of 3 completions 2 are in the first half: x = (4, 0) / 3, y = (7, 10) / 3, z = 0; xx = 16/9,
     # yy = 149/9, xy = 28/9. The halves' products are 2 and 11, of which 4/5 are |g|^2: 1.6, 8.8.
-    first = tensor([[1.0, 0], [3, 4]])
-    second = tensor([[2.0, 0], [1, 2]])
-    values, columns = gradient_geometry(first, second, 3, ["a", "a"])
-    assert columns["prompt_grad_norm"].tolist() == pytest.approx([4 / 3, 149**0.5 / 3])
-    assert columns["grad_sq_signal"].tolist() == pytest.approx([1.6, 8.8])
-    assert values["n_gradients"] == 2
-    assert values["cos_mean"] == pytest.approx(7 / 149**0.5)
-    assert values["interference"] == pytest.approx(221 / 165)  # |x + y|^2 = 221/9
-    assert values["signal_share"] == pytest.approx(93.6 / 165)  # 10.4 / (165/9)
-    assert values["cos_signal"] == values["cos_signal_within"] == pytest.approx(28 / 46.8)
-    assert values["cos_sq_signal"] == pytest.approx(
-        3 * 2 / (2 * 11)
-    )  # in the halves, xy is 3 and 2
-    assert math.isnan(values["cos_signal_between"])
+    first = tensor([[1.0, 0], [3, 4], [0, 0]])
+    second = tensor([[2.0, 0], [1, 2], [0, 0]])
+    values, columns = gradient_geometry(first, second, 3, ["a", "a", "b"])
+    assert columns["prompt_grad_norm"].tolist() == pytest.approx([4 / 3, 149**0.5 / 3, 0])
+    assert columns["grad_sq_signal"].tolist() == pytest.approx([1.6, 8.8, 0])
+    expected = dict(n_gradients=2, cos_mean=7 / 149**0.5, cos_std=0, cos_positive=1, cos_small=0)
+    expected |= dict(interference=221 / 165, signal_share=93.6 / 165)  # |x + y|^2 = 221/9
+    expected |= dict(cos_signal_within=28 / 46.8, cos_sq_signal_within=3 * 2 / (2 * 11))
+    expected |= dict(cos_signal=28 / 93.6, cos_sq_signal=3 * 2 / (2 * 11))  # (28/9) / (10.4/9 * 9)
+    expected |= dict(cos_signal_between=0, cos_sq_signal_between=math.nan)
+    assert values == pytest.approx(expected, nan_ok=True)
+    # Cosines 0, -1, 0; sums (-2, 2). Of two levels: pairs 1-2, 2-3 between, 1-3 within.
+    same = tensor([[1.0, 0], [0, 2], [-3, 0]])
+    values, _ = gradient_geometry(same, same, 3, [None, "b", None])
+    expected = dict(n_gradients=3, cos_mean=-1 / 3, cos_std=2**0.5 / 3, cos_positive=0)
+    expected |= dict(cos_small=2 / 3, interference=8 / 14, signal_share=4 / 5)
+    expected |= dict(cos_signal=-15 / 56, cos_sq_signal=9 / 49, cos_signal_within=-3 / 4)
+    expected |= dict(cos_sq_signal_within=1, cos_signal_between=0, cos_sq_signal_between=0)
+    assert values == pytest.approx(expected)
+    values, _ = gradient_geometry(same[:1], same[:1], 3, ["a"])
+    assert values.pop("n_gradients") == 1 and all(math.isnan(x) for x in values.values())
 
 
 def test_directional_curvature():
-    # log pi = c t + d t^2 / 2 along a unit vector: the mean of A (c^2 + d).
-    c = tensor([1.0, -2.0, 3.0])
-    d = tensor([0.5, 0.0, -4.0])
-    direction = {"a": tensor([5.0, 0.0])}
-    advantages = tensor([1.0, 2.0, -0.5])
-    for dtype in (torch.float32, torch.float64):
-        for slope in (1e-3, 1.0, 1e3):  # however wrong the guess
-            curvature, _ = directional_curvature(
-                lambda x: c * x["a"][0] + d * x["a"][0] ** 2 / 2 - 1,
-                {"a": torch.zeros(2, dtype=dtype)}, direction, advantages, slope,
-            )  # fmt: skip
-            assert curvature == pytest.approx((1.5 + 2 * 4 - 0.5 * 5) / 3, rel=0.01)
+    # log pi = start + c t + d t^2 / 2 along a unit vector: the mean of A (c^2 + d).
+    c = tensor([1.0, -2.0, 3.0] * 4)
+    d = tensor([0.5, 0.0, -4.0] * 4)
+
+    def probe(slope, dtype=torch.float32, A=(1.0, 2.0, -0.5), v=5.0, start=-1.0):
+        weight = {"a": torch.zeros(2, dtype=dtype)}
+        return directional_curvature(
+            lambda x: start + c * x["a"][0] + d * x["a"][0] ** 2 / 2,
+            weight, {"a": tensor([v, 0.0])}, tensor(A * 4), slope,
+        )  # fmt: skip
+
+    for slope in (1e-3, 1.0, 1e3):  # however wrong the guess
+        for dtype in (torch.float32, torch.float64):
+            assert probe(slope, dtype)[0] == pytest.approx((1.5 + 8 - 2.5) / 3, rel=0.01)
+    # The error: deviation of A, times sqrt(6 / 12) roundings of 5 * 2^-23 * (1 + 1), over t^2.
+    error = (5.25 / 3) ** 0.5 * 0.5**0.5 * 10 * 2**-23 / (0.03 / 2) ** 2
+    assert probe(2.0)[1] == pytest.approx(error, rel=1e-6)
+    assert probe(1.0, A=(0.0, 0.0, 0.0)) == (0, 0)
+    # No direction; too long for float32, where steps of 0.1 nats are lost, or nearly; no change.
+    right = (14 / 3) ** 0.5  # the slope of log pi, root mean square
+    assert not any(math.isnan(x) for x in probe(right, start=-2000.0))
+    for found in (probe(1.0, v=0.0), probe(right, start=-2800.0), probe(1.0, start=math.nan)):
+        assert all(math.isnan(x) for x in found)
 
 
 # ----------------------- rollout and gradient against the naive pass ------------------------------
@@ -179,12 +199,10 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -205,32 +223,30 @@ from transformers.pytorch_utils import Conv1D
 
 import grpo
 from benchmarks.pretend_cuda import Pretence
-from grpo import Batch, Config, InputError, Policy, Problem, RunError
+from grpo import Config, InputError, Policy, Problem, RunError
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more only cost here
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 LETTERS = grpo.TASKS["letters"]
-
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-SIZES |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=0)
-SHARED = SIZES | dict(intermediate_size=64, num_key_value_heads=2)  # two query heads for a key head
-WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
-# Absolute positions; rotary ones; capped logits and windows shorter than a prompt. Many others are
-# in benchmarks/test_models.py.
-MODELS = {
-    "gpt2": (transformers.GPT2Config, SIZES),
-    "llama": (transformers.LlamaConfig, SHARED),
-    "gemma2": (transformers.Gemma2Config, SHARED | WINDOW),
+SHARED = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, pad_token_id=0)
+SHARED |= dict(num_attention_heads=4, num_key_value_heads=2)  # two query heads for a key head
+SHARED |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+MODELS = {  # absolute positions; rotary ones; capped logits, and windows shorter than a prompt
+    "gpt2": transformers.GPT2LMHeadModel,
+    "llama": transformers.LlamaForCausalLM,
+    "gemma2": transformers.Gemma2ForCausalLM,
 }
-PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
+WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, sliding_window=4)  # for gemma2
+PROMPTS = [[5, 0, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
 
 
 def make_model(kind, vocab_size=23):
     """A random transformer, far from uniform: distributions with a shape, positions that matter."""
     torch.manual_seed(0)
-    config, sizes = MODELS[kind]
-    model = AutoModelForCausalLM.from_config(config(vocab_size=vocab_size, **sizes)).eval()
+    sizes = SHARED | WINDOW if kind == "gemma2" else SHARED
+    config = MODELS[kind].config_class(vocab_size=vocab_size, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
     return model
@@ -260,7 +276,7 @@ def with_advantages(batch, norm, agg):
 def sample_batch(policy, agg="sequence"):
     """Five completions of each of PROMPTS with random rewards, one group without variance."""
     batch = grpo.rollout(policy, PROMPTS, uniforms(4, 5, 9), 1.0)
-    batch.rewards = (torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    batch.rewards = (uniforms(4, 5, 1)[..., 0] < 0.5).double()
     batch.rewards[1] = 1.0
     return with_advantages(batch, "std", agg)
 
@@ -280,7 +296,6 @@ def naive_logprobs(forward, batch, temperature=1.0):
 def naive_loss(now, old, reference, batch, agg, clip=0.2, kl=0.0):
     """The loss written out by completion, from three policies' log-probabilities [P][G]."""
     P, G = batch.lengths.shape
-    total = int(batch.lengths.sum())
     loss = 0.0
     for p, g in itertools.product(range(P), range(G)):
         ratio = (now[p][g] - old[p][g].detach()).exp()
@@ -288,8 +303,8 @@ def naive_loss(now, old, reference, batch, agg, clip=0.2, kl=0.0):
         terms = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
         d = reference[p][g].detach() - now[p][g]
         terms = terms + kl * ratio * (d.exp() - d - 1)
-        weight = {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(d)), "token": 1 / total}[agg]
-        loss += weight * terms.sum()
+        divisor = {"sequence": P * G, "mean": P * G * len(d), "token": int(batch.lengths.sum())}
+        loss += terms.sum() / divisor[agg]
     return loss
 
 
@@ -301,102 +316,43 @@ def relative_error(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_rollout_at_temperature_0_is_generate_on_a_left_padded_batch(kind):
-    ends = [1, 4, 9]  # several, so that rows end at different times
-    model = make_model(kind)
-    model.generation_config.eos_token_id = ends
-    model.generation_config.pad_token_id = 0
-    batch = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
-    ids = tensor([[0] * (5 - len(p)) + p for p in PROMPTS])
-    mask = tensor([[0] * (5 - len(p)) + [1] * len(p) for p in PROMPTS])
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 5:]
-    for p, row in enumerate(expected.tolist()):
-        end = next((t for t, token in enumerate(row, 1) if token in ends), 12)
-        assert batch.tokens[p, 0].tolist() == row + [0] * (12 - len(row))
-        assert batch.lengths[p, 0] == end
-        assert batch.truncated[p, 0] == (row[end - 1] not in ends)
-
-
 @pytest.mark.parametrize(("kind", "temperature"), [("gpt2", 0.7), ("llama", 0.7), ("gemma2", 1.0)])
 def test_rollout_is_the_naive_pass(kind, temperature):
-    """Log-probabilities, entropies; and a completion has its own random numbers alone."""
+    """Tokens, log-probabilities and entropies of prompts of unlike length, and of completions that
+    end at different times; each has its own random numbers alone, whatever generate would do."""
     model = make_model(kind)
-    policy = make_policy(model)
+    model.generation_config.update(top_k=1, temperature=9.0, repetition_penalty=5.0)
+    ends = [1, 4, 9]
+    policy = make_policy(model, ends)
     u = uniforms(4, 6, 10)
     batch = grpo.rollout(policy, PROMPTS, u, temperature)
-    assert len(set(batch.lengths.flatten().tolist())) > 2
-    for p, prompt in enumerate(PROMPTS):
-        alone = grpo.rollout(policy, [prompt], u[p : p + 1, p : p + 1], temperature)
-        assert alone.tokens[0, 0].tolist() == batch.tokens[p, p].tolist()
-        for g, length in enumerate(batch.lengths[p].tolist()):
-            ids = tensor([*prompt, *batch.tokens[p, g, :length]])
-            logits = model(ids[None]).logits[0, -length - 1 : -1] / temperature
-            exact = torch.distributions.Categorical(logits=logits)
-            logprobs = torch.zeros(10)
-            logprobs[:length] = exact.log_prob(ids[-length:])
-            entropy = torch.zeros(10)
-            entropy[:length] = exact.entropy()
-            torch.testing.assert_close(batch.logprobs[p, g], logprobs, rtol=0, atol=1e-5)
-            torch.testing.assert_close(batch.entropy[p, g], entropy, rtol=0, atol=1e-5)
-
-
-def test_rollout_draws_from_the_models_probabilities():
-    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation
-    config says."""
-    model = make_model("gpt2", 5)
-    others = dict(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
-    model.generation_config.update(**others)
-    batch = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, 20_000, 2), 1.3)
-
-    def probs(*ids):
-        logits = model(tensor([ids])).logits[0, -1].detach().double()
-        return torch.softmax(logits / 1.3, -1).numpy()
-
-    first = probs(2, 3)  # token 4 ends
-    expected = np.concatenate([*(first[a] * probs(2, 3, a) for a in range(4)), first[4:]]) * 20_000
-    counts = np.bincount(batch.tokens[0] @ tensor([5, 1]), minlength=21)
-    # With 20 degrees of freedom, above 45.31 once in a thousand times (any table of chi-square).
-    assert ((counts - expected) ** 2 / expected).sum() < 45.31
-
-
-def test_sample_tokens_never_draws_what_has_no_probability():
-    """However the sum of all probabilities is rounded; and half precision is made float32."""
-    for n in range(2, 300):
-        logits = pad(torch.zeros(1, n), (0, 1), value=-math.inf)
-        token, _, _ = sample_tokens(logits, tensor([1 - 2**-24]), 1.0)
-        assert token < n
-    _, logprob, _ = sample_tokens(tensor([[0.0, 1.0]]).bfloat16(), tensor([0.0]), 1.0)
-    assert logprob.item() == pytest.approx(-math.log(1 + math.e), rel=1e-6)
-    found = token_logprobs(tensor([[0.0, 1.0]]).bfloat16(), tensor([0]), 1.0)
-    assert found.item() == pytest.approx(-math.log(1 + math.e), rel=1e-6)
-    wide = token_logprobs(tensor([[0.0, 1.0]]).double(), tensor([0]), 1.0)
-    assert wide.item() == pytest.approx(-math.log(1 + math.e), rel=1e-14)
-
-
-@pytest.mark.parametrize("moved", [0.0, 0.7])
-def test_k3_divergences_expected_gradient_is_that_of_the_divergence(moved):
-    """Sampled from `old`, with exact probabilities of one token, at old itself and elsewhere."""
-    seeded = torch.Generator().manual_seed(0)
-    old, reference, direction = torch.randn(3, 6, dtype=torch.float64, generator=seeded)
-    logits = (old + moved * direction).requires_grad_()
-    policy = logits.log_softmax(0)
-    old = old.log_softmax(0)
-    reference = reference.log_softmax(0)
-    estimate = (old.exp() * k3_divergence(policy, old, reference)).sum()
-    divergence = (policy.exp() * (policy - reference)).sum()
-    (found,) = torch.autograd.grad(estimate, logits, retain_graph=True)
-    (expected,) = torch.autograd.grad(divergence, logits)
-    torch.testing.assert_close(found, expected)
+    assert len(set(batch.lengths.flatten().tolist())) > 3 and batch.truncated.any()
+    for (p, prompt), g in itertools.product(enumerate(PROMPTS), range(6)):
+        length = int(batch.lengths[p, g])
+        row = batch.tokens[p, g].tolist()
+        assert row == row[:length] + [0] * (10 - length)
+        assert [token in ends for token in row[: length - 1]] == [False] * (length - 1)
+        assert batch.truncated[p, g] == (row[length - 1] not in ends)
+        assert length == 10 or not batch.truncated[p, g]
+        logits = model(tensor([prompt + row[:length]])).logits[0, -length - 1 : -1] / temperature
+        exact = torch.distributions.Categorical(logits=logits)
+        drawn = (exact.probs.cumsum(1) < u[p, g, :length, None]).sum(1)
+        assert row[:length] == drawn.tolist()
+        for found, value in (
+            (batch.logprobs, exact.log_prob(drawn)), (batch.entropy, exact.entropy())
+        ):  # fmt: skip
+            value = pad(value.detach(), (0, 10 - length))
+            torch.testing.assert_close(found[p, g], value, rtol=0, atol=1e-5)
+    alone = grpo.rollout(policy, PROMPTS[2:3], u[2:3, 1:2], temperature)
+    assert torch.equal(alone.tokens[0, 0], batch.tokens[2, 1])
 
 
 def test_draw_depends_on_seed_purpose_step_and_row_alone():
     config = Config(max_new_tokens=3)
     both = grpo.draw(config, 1, 5, [2, 7], 4)
-    assert both.shape == (2, 4, 3) and both.dtype == torch.float32
+    assert both.shape == (2, 4, 3)
     assert torch.equal(both[1:, :2], grpo.draw(config, 1, 5, [7], 2))  # a larger group adds draws
-    others = (config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)
-    for other in others:
+    for other in ((config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)):
         assert (both[:1] != grpo.draw(*other, [2], 4)).all()
     assert len({grpo.ORDER, grpo.TRAIN, grpo.EVALUATE}) == 3
 
@@ -410,27 +366,9 @@ def test_prompt_ids_go_through_all_problems_in_an_order_of_each_pass():
     assert len(grpo.prompt_ids(0, config, 3)) == 4  # fewer problems than prompts a step
 
 
-def test_pad_prompts_and_extend_by_hand():
-    """Prompts end side by side; token 0 is a token; positions count from a prompt's beginning."""
-    tokens, mask = grpo.pad_prompts([[5, 0, 7], [9]], "cpu")
-    assert tokens.tolist() == [[5, 0, 7], [0, 0, 9]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-    called = []
-
-    def forward(tokens, **named):
-        called.append(named)
-        return "output"
-
-    policy = replace(make_policy(make_model("gpt2")), model=forward, cache_argument="past")
-    assert grpo.extend(policy, tokens[:, 1:], mask, "cache", more=1) == "output"
-    assert called[0].pop("position_ids").tolist() == [[1, 2], [0, 0]]
-    assert called[0].pop("attention_mask") is mask
-    assert called[0] == {"past": "cache", "use_cache": True, "more": 1}
-
-
 def test_encode_prompts_runs_each_once_and_the_output_layer_reads_no_strided_view():
     """For one torch copies the layer's weights, for every prompt: gigabytes with many tokens."""
-    policy = make_policy(make_model("llama"))
+    policy = make_policy(make_model("llama"), ends=[-1])
     seen = []
     layer = policy.model.get_output_embeddings()
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -438,52 +376,25 @@ def test_encode_prompts_runs_each_once_and_the_output_layer_reads_no_strided_vie
     grpo.completion_logprobs(policy, batch, [0, 1, 2], 1.0)
     assert [x.shape[:2] for x in seen] == [(4, 1), (8, 1), (2, 1), (3, 1)]
     assert all(x.stride() == torch.empty(x.shape).stride() for x in seen)
-    mask, _, logits = grpo.encode_prompts(policy, PROMPTS[:2], tensor([1, 0, 1]))
-    assert mask.tolist() == [[0, 0, 0, 1, 1], [1] * 5, [0, 0, 0, 1, 1]]
-    expected = policy.model(tensor([PROMPTS[1]])).logits[0, -1]
-    torch.testing.assert_close(logits[2], expected)
-
-
-def test_completion_logprobs_with_parameters_of_another_policy():
-    """Without an output layer every token has probability 1/23; beyond a row's end there is 0."""
-    policy = make_policy(make_model("llama"))
-    nothing = {"lm_head.weight": torch.zeros(23, 32)}
-    forward = grpo.with_parameters(policy.model, nothing)
-    batch = grpo.rollout(policy, PROMPTS, uniforms(4, 5, 9), 1.0)
-    rows = [3, 7, 12, 1]
-    found = grpo.completion_logprobs(policy, batch, rows, 1.0, forward)
-    lengths = batch.lengths.flatten()[rows]
-    assert len(set(lengths.tolist())) > 1 and found.shape == (4, lengths.max())
-    inside = torch.arange(int(lengths.max())) < lengths[:, None]
-    torch.testing.assert_close(found, -math.log(23) * inside)
 
 
 def test_score_gives_each_completion_its_own_prompts_answer():
-    """Rewards by row, of texts without special tokens and without what comes after the end."""
+    """Rewards of texts without special tokens and without what comes after the end."""
     tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)  # "0" is token 18, the end token 0
     policy = SimpleNamespace(tokenizer=tokenizer)
-    tokens = tensor([[[19, 0, 0], [20, 21, 0]], [[22, 23, 24], [0, 0, 0]]])
+    tokens = tensor([[[19, 0, 0], [20, 21, 30]], [[22, 23, 24], [0, 0, 0]]])
     batch = SimpleNamespace(tokens=tokens, lengths=tensor([[2, 2], [3, 1]]))
     problems = [Problem("q", "100", None, []), Problem("q", "200", None, [])]
     rewards, texts = grpo.score(policy, batch, problems, lambda text, a: int(text or 7) + int(a))
     assert texts == ["1", "23", "456", ""]
     assert rewards.tolist() == [[101, 123], [656, 207]] and rewards.dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("reward", "message"),
-    [
+    for reward, message in (
         (lambda *_: 1 / 0, "division by zero"),
         (lambda *_: math.nan, "finite"),
-        (lambda *_: -math.inf, "finite"),
         (lambda *_: None, "TypeError"),
-    ],
-)
-def test_score_names_completion_and_answer_if_the_reward_fails(reward, message):
-    policy = SimpleNamespace(tokenizer=AutoTokenizer.from_pretrained(LETTERS.model))
-    batch = SimpleNamespace(tokens=tensor([[[19, 20]]]), lengths=tensor([[2]]))
-    with pytest.raises(RunError, match=f"{message}.*'12'.*answer='57'"):
-        grpo.score(policy, batch, [Problem("q", "57", None, [])], reward)
+    ):
+        with pytest.raises(RunError, match=f"{message}.*'1'.*answer='100'"):
+            grpo.score(policy, batch, problems, reward)
 
 
 def test_split_rows_by_hand():
@@ -500,56 +411,49 @@ def test_split_rows_by_hand():
     assert grpo.split_rows(batch, [], (1, 1)) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "agg"), [("gpt2", "sequence"), ("llama", "mean"), ("gemma2", "token")]
-)
-def test_loss_gradient_is_the_naive_one_whatever_the_split_padding_and_order(kind, agg):
+GRADIENTS = [("gpt2", "sequence"), ("llama", "mean"), ("gemma2", "token")]
+
+
+@pytest.mark.parametrize(("kind", "agg"), GRADIENTS)
+def test_loss_gradient_is_the_naive_one_whatever_the_split_and_order(kind, agg):
     """Several prompts of unequal length in a micro-batch, one of one token, or one completion."""
-    model = make_model(kind)
-    policy = make_policy(model)
+    policy = make_policy(make_model(kind))
     policy.trained = policy.trained | {"unused": torch.ones(3, requires_grad=True)}
-    config = Config(temperature=0.8)
     batch = sample_batch(policy, agg)
-    now = naive_logprobs(model, batch, 0.8)
+    now = naive_logprobs(policy.model, batch, 0.8)
     loss = naive_loss(now, now, now, batch, agg)
-    expected = pad(flat(torch.autograd.grad(loss, [*model.parameters()])), (0, 3))
-    wide = replace(batch, tokens=pad(batch.tokens, (0, 7), value=22))
-    wide.logprobs = pad(batch.logprobs, (0, 7))
+    expected = pad(flat(torch.autograd.grad(loss, [*policy.masters.values()])), (0, 3))
     active = [r for r in range(20) if batch.advantages.flatten()[r]]  # the others have no gradient
-    for limits, rows, variant in (
-        ((999, 999), range(20), batch),
-        ((60, 40), [*range(20)][::-1], wide),
-        ((1, 1), active, batch),
+    for limits, rows in (
+        ((999, 999), range(20)),
+        ((60, 40), [*range(19, -1, -1)]),
+        ((1, 1), active),
     ):
         policy.limits = limits
-        gradient, logprobs = grpo.loss_gradient(policy, variant, rows, config)
+        gradient, logprobs = grpo.loss_gradient(policy, batch, rows, Config(temperature=0.8))
         assert relative_error(flat(gradient), expected) < 1e-5
         for row in range(20):
             value = now[row // 5][row % 5].detach()
-            found = logprobs.flatten(0, 1)[row]
-            if row in rows:
-                torch.testing.assert_close(found[: len(value)], value, rtol=0, atol=1e-5)
-            else:
-                assert found.isnan().all()
-    gradient, _ = grpo.loss_gradient(policy, batch, [], config)
-    assert [x.shape for x in gradient] == [x.shape for x in model.parameters()]
+            found = logprobs.flatten(0, 1)[row, : len(value)]
+            exact = value if row in rows else torch.full_like(value, math.nan)
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-5, equal_nan=True)
+    gradient, _ = grpo.loss_gradient(policy, batch, [], Config())
+    assert [x.shape for x in gradient] == [x.shape for x in policy.masters.values()]
     assert not flat(gradient).any()
 
 
 def test_set_gradient_clips_the_norm_by_hand():
     """Of (3, 4) and (12), 13 in all; autograd may return one tensor for two parameters."""
-    masters = {"a": torch.zeros(2), "b": torch.zeros(1)}
-    policy = SimpleNamespace(masters=masters)
-    gradient = [tensor([3.0, 4.0]), tensor([12.0])]
+    policy = SimpleNamespace(masters={"a": torch.zeros(2), "b": torch.zeros(1)})
     for max_norm, scale in ((0.0, 1), (20.0, 1), (6.5, 0.5)):
-        assert grpo.set_gradient(policy, gradient, max_norm) == pytest.approx(13)
-        assert masters["a"].grad.tolist() == pytest.approx([3 * scale, 4 * scale])
-        assert masters["b"].grad.tolist() == pytest.approx([12 * scale])
-    twice = [tensor([3.0])] * 2
-    masters["a"] = torch.zeros(1)
-    assert grpo.set_gradient(policy, twice, 1.0) == pytest.approx(18**0.5)
-    assert masters["a"].grad.item() == pytest.approx(0.5**0.5)
-    assert twice[0].item() == 3
+        norm = grpo.set_gradient(policy, [tensor([3.0, 4.0]), tensor([12.0])], max_norm)
+        grads = flat(x.grad for x in policy.masters.values())
+        assert norm == pytest.approx(13) and grads.tolist() == pytest.approx(
+            [3 * scale, 4 * scale, 12 * scale]
+        )
+    policy.masters["a"] = torch.zeros(1)
+    assert grpo.set_gradient(policy, [tensor([3.0])] * 2, 1.0) == pytest.approx(18**0.5)
+    assert policy.masters["a"].grad.item() == pytest.approx(0.5**0.5)
 
 
 SETTINGS = dict(steps=12, prompts=3, group=5, eval_every=4, eval_problems=4, save_every=4, lr=1e-3)
@@ -568,56 +472,51 @@ def parity(completion, answer):
     return float(zlib.crc32((completion + answer).encode()) % 2)
 
 
-def length_reward(completion, answer):
-    return len(completion) + int(answer) / 1000
+def encoded(policy, config):
+    """A run's problems."""
+    return grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
 
 
-@pytest.fixture(scope="module")
-def letters():
-    """The embedded policy, its problems and the settings."""
-    config = grpo.resolve(settings("-"))
-    policy = grpo.load_policy(config)
-    rows, _ = grpo.load_problems(config, None, parity)
-    return policy, grpo.encode_problems(rows, policy, config), config
-
-
-def test_evaluate_is_generate_and_then_the_rollout_of_each_problem(letters, monkeypatch):
+def test_evaluate_is_generate_and_then_the_rollout_of_each_problem(monkeypatch):
     """Five problems in batches of 3, as large as in training; another process has its share."""
-    policy, problems, config = letters
-    config = replace(config, prompts=3, group=1, temperature=1.5)
-    problems = problems[:5]
+    config = replace(grpo.resolve(settings("-")), group=1, temperature=1.5)
+    policy = grpo.load_policy(config)
+    problems = encoded(policy, config)[:5]
     greedy = []
     sampled = []
-    texts = []
     for i, problem in enumerate(problems):
         ids = tensor([problem.prompt])
-        how = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-        (tokens,) = policy.model.generate(ids, attention_mask=ids**0, **how)
-        text = policy.tokenizer.decode(tokens[ids.shape[1] :], skip_special_tokens=True)
-        greedy.append(length_reward(text, problem.answer))
+        tokens = policy.model.generate(ids, attention_mask=ids**0, max_new_tokens=6, pad_token_id=0)
+        greedy.append(policy.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True))
         u = grpo.draw(config, grpo.EVALUATE, 0, [i], 1)
         alone = grpo.rollout(policy, [problem.prompt], u, 1.5)
-        rewards, (text,) = grpo.score(policy, alone, [problem], length_reward)
-        sampled.append(float(rewards))
-        texts.append(text)
+        sampled += grpo.score(policy, alone, [problem], parity)[1]
+
+    def reward(completion, answer):
+        return float(completion or 0) + float(answer) / 1e4
+
+    def mean(texts, first=0):
+        pairs = [*zip(texts, problems)][first:]
+        return pytest.approx(np.mean([reward(text, problem.answer) for text, problem in pairs]))
+
     sizes = []
     rollout = grpo.rollout
     monkeypatch.setattr(grpo, "rollout", lambda *x: sizes.append(len(x[1])) or rollout(*x))
-    columns, samples = grpo.evaluate(policy, problems, length_reward, config)
+    columns, samples = grpo.evaluate(policy, problems, reward, config)
     assert sizes == [3, 2, 3, 2]
-    assert columns["eval_greedy_reward"] == pytest.approx(np.mean(greedy))
-    assert columns["eval_reward"] == pytest.approx(np.mean(sampled))
+    assert columns["eval_greedy_reward"] == mean(greedy) and columns["eval_reward"] == mean(sampled)
     assert math.isnan(columns["eval_greedy"]) and math.isnan(columns["eval_pass_rate"])
-    assert [x["completion"] for x in samples] == texts[:4]
-    assert [x["reward"] for x in samples] == pytest.approx(sampled[:4])
-    assert [x["question"] for x in samples] == [x.question for x in problems[:4]]
-    assert [x["answer"] for x in samples] == [x.answer for x in problems[:4]]
-    columns, _ = grpo.evaluate(policy, problems, lambda text, a: float(text == texts[0]), config)
-    assert columns["eval_pass_rate"] == columns["eval_reward"] == texts.count(texts[0]) / 5
+    for sample, text, problem in zip(samples, sampled, problems[:4], strict=False):
+        expected = problem.question, text, problem.answer, reward(text, problem.answer)
+        assert tuple(sample.values()) == expected
+    assert [*samples[0]] == ["question", "completion", "answer", "reward"] and len(samples) == 4
+    columns, _ = grpo.evaluate(policy, problems, lambda text, _: text == sampled[0], config)
+    assert columns["eval_pass_rate"] == sampled.count(sampled[0]) / 5
+    assert columns["eval_greedy"] == greedy.count(sampled[0]) / 5
     monkeypatch.setattr(grpo, "share", lambda count: range(count // 2, count))
     sizes.clear()
-    columns, _ = grpo.evaluate(policy, problems, length_reward, config)
-    assert sizes == [2, 1, 2, 1] and columns["eval_reward"] == pytest.approx(np.mean(sampled[2:]))
+    columns, _ = grpo.evaluate(policy, problems, reward, config)
+    assert sizes == [2, 1, 2, 1] and columns["eval_reward"] == mean(sampled, 2)
 
 
 def planted(fault):
@@ -634,56 +533,51 @@ def planted(fault):
     return make_policy(model)
 
 
-def twice_as_sure_of_lone_tokens(logits, tokens):
-    return logits * 2 if tokens.shape == (2, 1) else logits
-
-
-def fail_in_training_on_a_lone_token(logits, tokens):
-    if tokens.shape == (2, 1) and torch.is_grad_enabled():
-        raise ValueError("planted")
-    return logits
-
-
-def unlike_training(size):
+def other_in_training(size):
     return lambda logits, _: logits + size * torch.is_grad_enabled() * torch.arange(23)
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        (twice_as_sure_of_lone_tokens, "rollout and training differ by [0-9.]+ nats"),
-        (unlike_training(0.002), "rollout and training differ by 0.0018"),
-        (lambda logits, _: logits * math.nan, "rollout and training differ by nan"),
-        (fail_in_training_on_a_lone_token, "with a DynamicCache it fails: planted"),
-    ],
-)
+def other_for_lone_tokens(logits, tokens):
+    return logits * 2 if tokens.shape == (2, 1) else logits
+
+
+def no_training_on_lone_tokens(logits, tokens):
+    return logits / 0 if tokens.shape == (2, 1) and torch.is_grad_enabled() else logits
+
+
+REFUSED = [  # completions of two tokens are extended by one in training, those of eight by seven
+    (other_for_lone_tokens, "rollout and training differ by [0-9.]+ nats"),
+    (no_training_on_lone_tokens, "rollout and training differ by nan nats"),
+    (other_in_training(0.002), "rollout and training differ by [0-9.]+ nats"),
+    (lambda logits, _: logits[5:], "with a DynamicCache it fails: no slot for its state"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), REFUSED)
 def test_check_model_refuses_one_whose_rollout_and_training_disagree(fault, message):
-    """Before a run begins; a completion of two tokens extends by one in training, of eight not."""
     config = Config(model="DIR", max_new_tokens=8)
     problems = [Problem("q", "a", None, prompt) for prompt in PROMPTS]
     with pytest.raises(InputError, match=rf"^model DIR \(llama\) cannot be used: {message}"):
         grpo.check_model(planted(fault), problems, config)
-    sound = planted(unlike_training(0.0005))  # less than a thousandth of a nat
-    assert grpo.check_model(sound, problems, config) is sound
-    rough = planted(unlike_training(0.05))
-    rough.model.bfloat16()
-    assert grpo.check_model(rough, problems, config) is rough  # up to half a nat is its rounding
+    for size, dtype in ((0.0005, torch.float32), (0.05, torch.bfloat16)):  # as large as rounding
+        policy = planted(other_in_training(size))
+        policy.model.to(dtype)
+        assert grpo.check_model(policy, problems, config) is policy
 
 
 def test_check_model_guards_one_that_overwrites_what_its_gradient_needs():
-    def overwriting(logits, tokens):
+    def overwriting(logits, _):
         shares = logits.sigmoid()
         result = shares * 3
         shares.zero_()  # which the gradient of the sigmoid is made of
         return result
 
-    config = Config(max_new_tokens=8)
     problems = [Problem("q", "a", None, prompt) for prompt in PROMPTS]
-    policy = grpo.check_model(planted(overwriting), problems, config)
+    policy = grpo.check_model(planted(overwriting), problems, Config(max_new_tokens=8))
     exact = planted(lambda logits, _: logits.sigmoid() * 3)
     batch = sample_batch(exact)
-    found, _ = grpo.loss_gradient(policy, batch, range(20), config)
-    expected, _ = grpo.loss_gradient(exact, batch, range(20), config)
+    found, _ = grpo.loss_gradient(policy, batch, range(20), Config())
+    expected, _ = grpo.loss_gradient(exact, batch, range(20), Config())
     assert relative_error(flat(found), flat(expected)) < 1e-6
 
 
@@ -720,7 +614,7 @@ def naive_forward(model, theta):
 
 def step_batch(policy, step, config):
     """What the step of a run samples, with rewards and advantages."""
-    problems = grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
+    problems = encoded(policy, config)
     problems = [problems[row] for row in grpo.prompt_ids(step, config, len(problems))]
     random = grpo.draw(config, grpo.TRAIN, step, range(config.prompts), config.group)
     prompts = [problem.prompt for problem in problems]
@@ -736,7 +630,6 @@ def naive_run(config):
     plain = AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model)
     start = {name: x.detach().clone().requires_grad_() for name, x in policy.masters.items()}
     theta = start
-    anchor = naive_forward(plain, start)
     norms = []
     changes = []
     for step in range(config.steps):
@@ -748,7 +641,7 @@ def naive_run(config):
         for _ in range(config.epochs):
             now = table(naive_forward(plain, theta))
             old = old or now
-            far = table(anchor) if config.kl else now
+            far = table(naive_forward(plain, start)) if config.kl else now
             loss = naive_loss(now, old, far, batch, config.agg, config.clip, config.kl)
             gradient = torch.autograd.grad(loss, [*theta.values()])
             norms.append(float(flat(gradient).norm()))
@@ -762,7 +655,7 @@ def naive_run(config):
 
 
 RUNS = [
-    dict(norm="std", epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0, measure_every=1, agg="mean"),
+    dict(epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0, measure_every=1, agg="mean"),
     dict(norm="none", lora=4, task="arith", model="llama", agg="token", max_grad_norm=0.05),
     pytest.param(dict(norm="none", agg="token", measure_every=1, micro_batch=24), marks=slow),
     pytest.param(dict(norm="var", agg="mean", temperature=0.8, measure_every=1), marks=slow),
@@ -778,8 +671,11 @@ def test_train_is_the_naive_run(changes, tmp_path):
     changes = BRIEF | dict(optimizer="sgd", lr=0.3) | changes
     if "model" in changes:
         changes["model"] = save_model(changes["model"], tmp_path / "start")
-    run(tmp_path, **changes)
-    config = grpo.resolve(settings(tmp_path, **changes))
+    config = settings(tmp_path, **changes)
+    given = asdict(config)
+    grpo.train(config, reward=parity)
+    assert asdict(config) == given
+    config = grpo.resolve(config)
     start, theta, norms, ratios, plain = naive_run(config)
     before = flat(start.values())
     after = flat(theta.values())
@@ -787,17 +683,18 @@ def test_train_is_the_naive_run(changes, tmp_path):
     assert all(("lora" in name) == bool(config.lora) for name in start)
     assert config.epochs == 1 or max(ratios) > config.clip
     lines = read(tmp_path)[:-1]
-    expected = np.reshape(norms, (2, -1))
-    assert [line["grad_norm"] for line in lines] == pytest.approx(expected.mean(1), rel=1e-4)
-    over = (expected > (config.max_grad_norm or math.inf)).any(1)
+    norms = np.reshape(norms, (2, -1))
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms.mean(1), rel=1e-4)
+    over = (norms > (config.max_grad_norm or math.inf)).any(1)
     assert [line["clipped"] for line in lines] == over.tolist()
     assert all(0 <= line["logprob_gap"] < 1e-5 for line in lines)
-    measured = bool(config.measure_every)  # also with `mean` and KL
-    assert [key in lines[0] for key in ("cos_mean", "curvature")] == [measured] * 2
     ids = torch.arange(20, 60).view(2, 20)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = naive_forward(plain, theta)(ids).logits
     torch.testing.assert_close(saved(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+WHOLE = dict(dtype="bfloat16", kl=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -807,23 +704,23 @@ def whole(tmp_path_factory):
     gradients = []
     set_gradient = grpo.set_gradient
 
-    def recorded(policy, gradient, max_norm):
-        norm = set_gradient(policy, gradient, max_norm)
+    def recorded(policy, *more):
+        norm = set_gradient(policy, *more)
         gradients.append([x.grad.clone() for x in policy.masters.values()])
         return norm
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "set_gradient", recorded)
-        run(out)
+        run(out, **WHOLE)
     return out, gradients
 
 
-def test_train_takes_the_steps_of_torchs_adamw_without_weight_decay(whole):
-    """With a rate that rises for ten steps."""
+def test_train_takes_the_steps_of_torchs_adamw_on_float32_masters(whole):
+    """Without weight decay, with a rate that rises for ten steps; the model has them in bfloat16."""
     out, gradients = whole
-    policy = grpo.load_policy(grpo.resolve(settings(out)))
+    policy = grpo.load_policy(grpo.resolve(settings(out, **WHOLE)))
     theta = [x.clone() for x in policy.masters.values()]
-    optimizer = torch.optim.AdamW(theta, weight_decay=0.0)  # torch's defaults
+    optimizer = torch.optim.AdamW(theta, weight_decay=0.0)  # else torch's defaults
     for step, gradient in enumerate(gradients):
         for parameter, grad in zip(theta, gradient):
             parameter.grad = grad
@@ -831,26 +728,10 @@ def test_train_takes_the_steps_of_torchs_adamw_without_weight_decay(whole):
         optimizer.step()
     found = weights(out, policy.masters)
     torch.testing.assert_close(found, flat(theta), rtol=0, atol=1e-6)
-    assert len(gradients) == 12
-    expected = [1e-4 * n for n in range(1, 11)] + [1e-3, 1e-3]
-    assert [line["lr"] for line in read(out)[:-1]] == pytest.approx(expected)
-
-
-def test_train_in_bfloat16_steps_float32_masters(tmp_path):
-    changes = BRIEF | dict(dtype="bfloat16", optimizer="sgd", steps=1)
-    config = grpo.resolve(settings(tmp_path, **changes))
-    grpo.train(config, reward=parity)
-    policy = grpo.load_policy(config)
-    batch = step_batch(policy, 0, config)
-    # Those that a run trains on: in other micro-batches bfloat16 would be rounded otherwise.
-    active = [row for row, A in enumerate(batch.advantages.flatten()) if A]
-    gradient = flat(grpo.loss_gradient(policy, batch, active, config)[0])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    found = weights(tmp_path, policy.masters)
-    start = flat(policy.masters.values())
-    torch.testing.assert_close(found, start - 1e-4 * gradient, rtol=1e-6, atol=1e-8)
+    rates = [line["lr"] for line in read(out)[:-1]]
+    assert rates == pytest.approx([1e-4 * n for n in range(1, 11)] + [1e-3, 1e-3])
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert torch.equal(flat(model.parameters()), found.bfloat16())
-    assert (found != start).float().mean() > 0.5
 
 
 MEASURED = [  # every norm, optimizer and aggregation
@@ -863,23 +744,20 @@ MEASURED = [  # every norm, optimizer and aggregation
 
 @pytest.mark.parametrize("changes", MEASURED)
 def test_train_has_the_same_weights_to_the_bit_with_and_without_measuring(changes, tmp_path):
-    """And random numbers; what is measured is logged where it was, and not elsewhere."""
-    measured = BRIEF | changes | dict(steps=3, measure_every=2)
-    run(tmp_path / "with", **measured)
-    run(tmp_path / "without", **BRIEF | changes | dict(steps=3))
-    ours = load_file(tmp_path / "with" / grpo.CHECKPOINT)
-    theirs = load_file(tmp_path / "without" / grpo.CHECKPOINT)
+    """And samples; what is measured is logged at every second step, and not elsewhere."""
+    changes = BRIEF | dict(steps=3) | changes
+    run(tmp_path / "with", **changes | dict(measure_every=2))
+    run(tmp_path / "without", **changes)
+    ours, theirs = (load_file(tmp_path / x / grpo.CHECKPOINT) for x in ("with", "without"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     for name in ("metrics.jsonl", "prompts.jsonl"):
-        lines = read(tmp_path / "with", name)
         plain = read(tmp_path / "without", name)
-        keys = set(plain[0])
-        assert [{key: line[key] for key in line.keys() & keys} for line in lines] == plain
-        more = [bool(line.keys() - keys) for line in lines[: 3 if name[0] == "m" else 9]]
-        assert (
-            more == [True, False, True] if name[0] == "m" else [True] * 3 + [False] * 3 + [True] * 3
-        )
+        lines = read(tmp_path / "with", name)
+        for line, other in zip(lines, plain, strict=True):
+            assert {key: line[key] for key in other} == other
+            more = {"interference", "curvature_error", "feature_cos", "fisher_half"} & line.keys()
+            assert len(more) == (2 if line["step"] in (0, 2) else 0)
 
 
 def test_train_on_another_device_is_the_same(tmp_path):
@@ -891,10 +769,8 @@ def test_train_on_another_device_is_the_same(tmp_path):
         filled = grpo.resolve(Config(device="cuda"))
     assert (filled.device, filled.dtype) == ("cuda:0", "bfloat16")
     assert read(tmp_path / "cuda", "samples.jsonl") == read(tmp_path / "cpu", "samples.jsonl")
-    ours, theirs = (read(tmp_path / name)[0] for name in ("cuda", "cpu"))
-    assert ours.keys() == theirs.keys()
-    for key in ours.keys() - {"logprob_gap"}:
-        assert ours[key] == pytest.approx(theirs[key], rel=1e-2, abs=1e-4), key
+    ours, theirs = (pd.DataFrame(read(tmp_path / x)).astype(float) for x in ("cuda", "cpu"))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -904,54 +780,972 @@ def test_train_on_cuda_has_one_policy_in_rollout_and_training(tmp_path):
 
 
 def test_train_skips_steps_that_are_not_finite_and_ends_after_five_in_a_row(tmp_path, monkeypatch):
-    """Of steps 1 to 4 and 6 to 10 the logits are spoiled: where all rewards are 0, so is the
-    gradient, and only the entropy tells."""
-    sample_tokens_ = grpo.sample_tokens
-    prompt_ids = grpo.prompt_ids
+    """Logits are spoiled at steps 1 to 4 and 6 to 10. Where all rewards are 0, so is the gradient,
+    and only the entropy tells."""
+    spoiled = [1, 2, 3, 4, 6, 7, 8, 9, 10]
     steps = []
-    spoiled = {1, 2, 3, 4, 6, 7, 8, 9, 10}
+    draw = grpo.draw
+    sample = grpo.sample_tokens
 
-    def counted(step, *more):
+    def counted(config, purpose, step, *more):
         steps.append(step)
-        return prompt_ids(step, *more)
+        return draw(config, purpose, step, *more)
 
-    def sample(logits, *more):
-        return sample_tokens_(logits * (math.nan if steps and steps[-1] in spoiled else 1), *more)
+    def spoil(logits, *more):
+        return sample(logits * (math.nan if steps and steps[-1] in spoiled else 1), *more)
 
-    monkeypatch.setattr(grpo, "prompt_ids", counted)
-    monkeypatch.setattr(grpo, "sample_tokens", sample)
+    monkeypatch.setattr(grpo, "draw", counted)
+    monkeypatch.setattr(grpo, "sample_tokens", spoil)
     with pytest.raises(RunError, match="no finite gradient in 5 steps in a row, up to 10"):
-        run(tmp_path, lambda *x: parity(*x) * (steps[-1:] != [6]), **BRIEF | dict(steps=30))
+        run(tmp_path, lambda *x: parity(*x) * (steps[-1] != 6), **BRIEF | dict(steps=30))
     lines = read(tmp_path)
-    assert [line["step"] for line in lines] == [*range(11)]
-    assert [line["step"] for line in lines if line["skipped"]] == sorted(spoiled)
+    assert len(lines) == 11
     for line in lines:
+        assert line["skipped"] == (line["step"] in spoiled)
         assert (line["grad_norm"] is line["entropy"] is None) == (line["step"] in spoiled)
-    run(tmp_path / "before", **BRIEF | dict(steps=6))
-    assert all(
-        x.isfinite().all() for x in load_file(tmp_path / "before" / grpo.CHECKPOINT).values()
+    assert all(x.isfinite().all() for x in load_file(tmp_path / grpo.CHECKPOINT).values())
+
+
+def test_start_run_takes_one_thread_for_a_small_model_and_gives_the_others_back(monkeypatch):
+    """Unless OMP_NUM_THREADS says how many; also after an error."""
+    threads = [7]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for small, variable, expected in ((1e6, None, 1), (1e6, "7", 7), (1e5, None, 7)):
+        monkeypatch.setattr(grpo, "SMALL", small)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if variable:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        with pytest.raises(ZeroDivisionError), grpo.start_run(settings("-"), None, parity) as begun:
+            assert threads[-1] == expected and begun.config.curvature == (small == 1e6)
+            raise ZeroDivisionError
+        assert threads[-1] == 7
+
+
+# ----------------------------------------- measurement --------------------------------------------
+
+
+def measure(policy, batch, config, levels=None):
+    """What grpo.measure returns, and what it got from measure_half for each half, two a prompt."""
+    halves = []
+    measure_half = grpo.measure_half
+
+    def keep(*arguments):
+        half = measure_half(*arguments)
+        halves.append(dict(half))
+        return half
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "measure_half", keep)
+        line, columns = grpo.measure(policy, batch, levels or [0] * len(batch.prompts), config)
+    return line, columns, halves
+
+
+@pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
+def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
+    """Of every half: its gradient, Fisher trace, and curvature within 1% of a Hessian-vector product
+    by double backward in float64. The error logged for float32 is of the size of the true one."""
+    changes = dict(group=8, prompts=10, lora=lora, dtype=dtype, curvature=True)
+    config = grpo.resolve(settings("-", **changes))
+    policy = grpo.load_policy(config)
+    how = dict(dtype=dtype, attn_implementation="eager")
+    plain = AutoModelForCausalLM.from_pretrained(LETTERS.model, **how)
+    torch.manual_seed(0)
+    for name, master in policy.masters.items():  # adapters start as nothing
+        master.data += 0.05 * torch.randn(master.shape) * ("lora_B" in name)
+    theta = {name: x.detach().double().requires_grad_() for name, x in policy.masters.items()}
+    forward = naive_forward(plain.double(), theta)
+
+    def gradient(value, again=False):
+        found = torch.autograd.grad(value, [*theta.values()], retain_graph=True, create_graph=again)
+        return torch.cat([g.flatten() for g in found])
+
+    batch = step_batch(policy, 0, config)
+    batch.old_logprobs = batch.logprobs * math.nan  # as after training on other rows
+    line, columns, halves = measure(policy, batch, config)
+    exact = []
+    naive = naive_logprobs(forward, batch)
+    for i, half in enumerate(halves):
+        p, first = divmod(i, 2)
+        own = slice(0, 4) if first == 0 else slice(4, 8)
+        other = slice(4, 8) if first == 0 else slice(0, 4)
+        sums = torch.stack([values.sum() for values in naive[p]])
+        r = batch.rewards[p]
+        A = r - (r.sum() - r) / 7  # the others' mean
+        wanted = gradient((A * sums)[own].mean())
+        assert relative_error(half["vector"], wanted) < close or not r.std()
+        assert bool(half["vector"].any()) == bool(r.std())
+        fisher = 4 * float(gradient(sums[own].mean()).square().sum())
+        assert half["fisher_half"] == pytest.approx(fisher, rel=2 * close)
+        assert half["reward_std_half"] == pytest.approx(r[own].std(correction=0))
+        assert half["pass_rate_half"] == r[own].mean()
+        v = half["vector"].double() / (half["vector"].double().norm() or 1)
+        surrogate = (r[other] - r[other].mean()) * 4 / 3 * sums[other].detach().exp() ** -1
+        surrogate = (surrogate * sums[other].exp()).mean()
+        exact.append(float(gradient(gradient(surrogate, True) @ v) @ v) if r[other].std() else 0.0)
+        if r[own].std() == 0:
+            exact[-1] = math.nan
+    found = [half["curvature"] for half in halves]
+    np.testing.assert_allclose(found, exact, rtol=0.01, atol=1e-9)
+    assert np.isfinite(exact).sum() > 5
+    assert line["curvature"] == pytest.approx(np.nanmean(found))
+    for name in ("fisher_half", "pass_rate_half", "reward_std_half", "curvature"):
+        pairs = np.array([half[name] for half in halves], float).reshape(10, 2)
+        np.testing.assert_array_equal(np.array(columns[name], float), pairs)
+    monkeypatch.setattr(grpo, "SMALL", 0)  # so that it is done in float32
+    _, _, halves = measure(policy, batch, config)
+    errors = [half["curvature"] - x for half, x in zip(halves, exact)]
+    told = [half["curvature_error"] for half in halves]
+    ratio = [abs(error) / size for error, size in zip(errors, told) if size > 0]
+    assert len(ratio) > 5 and 1 / 3 < np.median(ratio) < 3
+
+
+def test_measure_takes_features_levels_and_sketches(tmp_path, monkeypatch):
+    """Hidden states by the naive pass; sketched gradients' cosines are close to the exact ones."""
+    policy = make_policy(make_model("llama"))
+    read_by = []
+    policy.model.lm_head.register_forward_pre_hook(lambda _, x: read_by.append(x[0]))
+    features = []
+    for prompt in PROMPTS:
+        policy.model(tensor([prompt]))
+        features.append(read_by[-1][0].mean(0).detach())
+    features = torch.stack(features)
+    found = grpo.prompt_features(policy, PROMPTS)
+    torch.testing.assert_close(found, features, rtol=0, atol=1e-5)
+    batch = sample_batch(policy)
+    config = Config(group=5, curvature=False)
+    line, columns, halves = measure(policy, batch, config, ["a", "b", "a", "a"])
+    assert "curvature" not in line and not {"curvature", "fisher_half"} & columns.keys()
+    centred = features - features.mean(0)
+    for name, x in (("feature_cos", features), ("feature_cos_centered", centred)):
+        unit = x / x.norm(dim=1, keepdim=True)
+        cosines = (unit @ unit.T)[~torch.eye(4).bool()]
+        assert line[name] == pytest.approx(float(cosines.abs().mean()), rel=1e-4)
+    vectors = torch.stack([half["vector"] for half in halves]).double()
+    expected, _ = gradient_geometry(vectors[::2], vectors[1::2], 5, ["a", "b", "a", "a"])
+    assert {key: line[key] for key in expected} == pytest.approx(expected, nan_ok=True)
+    monkeypatch.setattr(grpo, "SMALL", 0)
+    torch.manual_seed(1)
+    sketched, _, halves = measure(policy, batch, config)
+    assert len(halves[0]["vector"]) == grpo.SKETCH
+    for name in ("cos_mean", "cos_std", "signal_share"):
+        assert sketched[name] == pytest.approx(line[name], abs=0.02)
+    policy.model.forward = lambda *_, **__: SimpleNamespace(logits=None)
+    assert grpo.prompt_features(policy, PROMPTS).isnan().all()
+
+
+def test_measure_does_not_depend_on_the_advantages(tmp_path, monkeypatch):
+    """Geometry, curvature and Fisher stay as they are if the update takes three times those."""
+    changes = BRIEF | dict(steps=1, measure_every=1, agg="mean", kl=0.1, prompts=6)
+    levels = []
+    geometry = grpo.gradient_geometry
+    monkeypatch.setattr(grpo, "gradient_geometry", lambda *x: levels.append(x[3]) or geometry(*x))
+    run(tmp_path / "one", **changes)
+    monkeypatch.setattr(grpo, "group_advantages", lambda *x: 3 * group_advantages(*x))
+    run(tmp_path / "three", **changes)
+    one, three = (read(tmp_path / name)[0] for name in ("one", "three"))
+    assert three.pop("grad_norm") == pytest.approx(3 * one.pop("grad_norm"))
+    assert one == three and "curvature" in one
+    rows, others = (read(tmp_path / name, "prompts.jsonl") for name in ("one", "three"))
+    assert rows == others and "fisher_half" in rows[0]
+    assert levels[0] == [row["level"] for row in rows] and len(set(levels[0])) > 1
+
+
+# ------------------------------------- files and resumption ---------------------------------------
+
+
+def test_log_step_by_hand(tmp_path, capsys):
+    """Four prompts, of which only the first has completions to train on; the policy is never saved
+    by this."""
+    config = settings(tmp_path, max_grad_norm=2.5, steps=20)
+    problems = [Problem("q", "a", level, []) for level in "wxyz"]
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    state = SimpleNamespace(config=config, problems=problems, optimizer=optimizer)
+    lengths = tensor([[1, 3], [2, 2], [1, 1], [2, 2]])
+    inside = torch.arange(3) < lengths[..., None]
+    batch = SimpleNamespace(tokens=torch.zeros(4, 2, 3), lengths=lengths, prompts=[[0]] * 4)
+    batch.rewards = tensor([[1.0, 0], [1, 1], [1, 1], [0, 0]])
+    batch.entropy = 0.5 * inside
+    batch.entropy[0, 1] = 2.5
+    batch.truncated = lengths == 3
+    batch.logprobs = torch.full((4, 2, 3), -1.0) * inside
+    batch.old_logprobs = torch.where(
+        inside, batch.logprobs, -9.0
+    )  # where nothing is, nothing counts
+    batch.old_logprobs[0, 1, 2] = -1.25
+    batch.old_logprobs[1:] = math.nan  # not trained on
+    active = tensor([[True, True], [False] * 2, [False] * 2, [False] * 2])
+    measured = {"cos_mean": 0.25}, {"prompt_grad_norm": tensor([1.0, 2, 3, math.nan])}
+    evaluation = {"eval_reward": 0.125}, [{"question": "é"}]
+    seconds = {"rollout": 1.5, "update": 2.0}
+    norms = [1.0, 3.0]
+    ids = [2, 0, 3, 2]
+
+    def log(step=7, norms=norms, evaluation=evaluation, measured=measured):
+        grpo.log_step(state, step, ids, batch, active, norms, seconds, measured, evaluation, 10.0)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])
+
+    line = log()
+    expected = dict(step=7, reward=5 / 8, pass_rate=5 / 8, reward_std=1 / 8, frac_all_right=1 / 2)
+    expected |= dict(frac_all_wrong=1 / 4, entropy=(7.5 + 0.5 * 11) / 14, length=14 / 8, lr=0.5)
+    expected |= dict(truncated=1 / 8, grad_norm=2, clipped=True, skipped=0, logprob_gap=0.25)
+    expected |= dict(seconds_rollout=1.5, seconds_update=2.0, tokens_per_second=4.0)
+    assert line == pytest.approx(expected | measured[0] | evaluation[0])
+    rows = read(tmp_path, "prompts.jsonl")
+    scale = 1 / (0.5 + 1e-6)
+    assert rows[0] == dict(step=7, prompt=2, level="y", pass_rate=0.5, reward_std=0.5,
+                           scale=pytest.approx(scale), prompt_grad_norm=1)  # fmt: skip
+    assert [row["level"] for row in rows] == ["y", "w", "z", "y"]
+    assert [row["scale"] for row in rows[1:]] == [0, 0, 0] and rows[3]["prompt_grad_norm"] is None
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 7, "question": "é"}\n'
+    shown = capsys.readouterr().out
+    assert shown == (
+        "step     7/20  reward 0.625  σ 0.125  cut off 12%  2.0 min left  held out 0.125\n"
+    )
+    line = log(norms=[2.0, math.nan], measured=None, evaluation=None)
+    assert (line["clipped"], line["skipped"], line["grad_norm"]) == (False, 1, None)
+    assert len(read(tmp_path, "samples.jsonl")) == 1 and "cos_mean" not in line
+    batch.old_logprobs[0, 0, 0] = math.nan  # of one that is trained on
+    assert log()["logprob_gap"] is None
+    active[:] = False
+    assert log()["logprob_gap"] is None
+    rates = grpo.pass_rates(tensor([[0.0, 1.0, 0.5, 1.0], [0.0, 2.0, 1.0, 1.0], [-1.0, 1, 1, 1]]))
+    np.testing.assert_equal(rates.numpy(), [0.5, math.nan, math.nan])
+
+
+def test_train_leaves_logs_checkpoint_model_and_settings(whole):
+    out = whole[0]
+    assert {x.name for x in out.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
+    metrics = read(out)
+    evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
+    assert [row["step"] for row in metrics] == list(range(13))
+    assert [row["step"] for row in metrics if evaluation <= row.keys()] == [0, 4, 8, 12]
+    assert [row["step"] for row in metrics if "curvature" in row] == [0, 4, 8]
+    assert metrics[12].keys() == evaluation | {"step"}
+    samples = read(out, "samples.jsonl")
+    assert [row["step"] for row in samples] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4
+    assert all(row["reward"] == parity(row["completion"], row["answer"]) for row in samples)
+    config = grpo.resolve(settings(out, **WHOLE))
+    problems, held_out = grpo.load_problems(config, None, parity)
+    assert [row["question"] for row in samples[:4]] == [question for question, *_ in held_out]
+    rows = read(out, "prompts.jsonl")
+    ids = [i for step in range(12) for i in grpo.prompt_ids(step, config, len(problems))]
+    assert [row["prompt"] for row in rows] == ids
+    assert [row["level"] for row in rows] == [problems[i][0][0] for i in ids]  # its letter
+    with safe_open(out / grpo.CHECKPOINT, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+        assert file.get_tensor("step.transformer.wte.weight") == 12
+    sizes = {name: (out / name).stat().st_size for name in grpo.LOGS}
+    given = asdict(replace(config, curvature=True))
+    assert state["config"] == json.loads((out / "config.json").read_text()) == given
+    assert state["step"] == 12 and all(0 < state["logs"][name] <= sizes[name] for name in sizes)
+    assert AutoTokenizer.from_pretrained(out / "model")("e+7=").input_ids == [71, 13, 25, 31]
+
+
+def test_train_says_how_long_is_left_and_measures_its_time(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count(20, 20)  # of a step three: began, sampled, updated
+    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    run(tmp_path, **BRIEF | dict(steps=4))
+    shown = capsys.readouterr().out
+    left = re.findall(r"([\d.]+) min left", shown)
+    assert left == ["2.0", "1.7", "0.9", "0.0"]  # 3 steps at 40 s, 2 at 100/2, 1 at 160/3
+    assert "letters: 511 problems, reward parity, at most 6 new tokens; norm std, adamw" in shown
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert line["seconds_rollout"] == line["seconds_update"] == 20
+    assert line["tokens_per_second"] == pytest.approx(line["length"] * 15 / 40)
+
+
+def at_call(number, act):
+    """The reward, which at its call of this number acts first."""
+    calls = itertools.count(1)
+
+    def reward(*texts):
+        if next(calls) == number:
+            act()
+        return parity(*texts)
+
+    return reward
+
+
+def assert_same_run(out, other):
+    """Logs, weights and moments of the one equal those of the other, to the bit."""
+    assert all(read(out, name) == read(other, name) for name in grpo.LOGS)
+    ours, theirs = (load_file(Path(path) / grpo.CHECKPOINT) for path in (out, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_resume_after_a_crash_is_the_same_run_to_the_bit(whole, tmp_path):
+    """In bfloat16, which is not asked for again, and with KL to the start policy. A reward fails in
+    step 6, when two steps after the checkpoint and part of a line are in the logs."""
+    with pytest.raises(SystemExit):  # of two evaluations with 8 rewards, and of 15 a step
+        run(tmp_path, at_call(2 * 8 + 6 * 15 + 7, sys.exit), **WHOLE)
+    assert len(read(tmp_path)) == 6
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # killed while writing
+    run(tmp_path, resume=True, **WHOLE | dict(dtype=None))
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_resume_after_a_signal_a_full_disk_and_a_changed_schedule(tmp_path, capsys, monkeypatch):
+    """A full disk is one line and costs nothing. Some settings may differ, like the directory."""
+    changes = BRIEF | dict(save_every=2, steps=5)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "state.tmp").write_text("half a checkpoi")  # killed while it began
+    received = []
+    with pytest.raises(RunError, match="^SIGTERM: add --resume to continue$") as stopped:
+        run(tmp_path, at_call(2 + 7, lambda: received.append(signal.SIGTERM)), received, **changes)
+    assert stopped.value.status == 143 and len(read(tmp_path)) == 1
+    checkpoint = tmp_path / grpo.CHECKPOINT
+    first = checkpoint.read_bytes()
+    monkeypatch.setitem(grpo.TASKS, "letters", LETTERS._replace(reward="parity"))
+    monkeypatch.setitem(grpo.REWARDS, "parity", parity)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) // 2, former[1]))
+    status = command(settings(tmp_path, **changes | dict(resume=True)))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    error = capsys.readouterr().err
+    assert status == 1 and re.search("^grpo.py: stopped: .*File too large.*\n\\Z", error, re.M)
+    assert checkpoint.read_bytes() == first and list(checkpoint.parent.iterdir()) == [checkpoint]
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    allowed = dict(micro_batch=6, eval_every=3, save_every=7, measure_every=2, curvature=False)
+    run(moved, resume=True, **changes | allowed)
+    run(tmp_path, **changes)
+    rewards = [[line.get("reward") for line in read(out)] for out in (moved, tmp_path)]
+    assert rewards[0] == rewards[1]
+    assert [line["step"] for line in read(moved) if "eval_reward" in line] == [0, 3, 5]
+    ours, theirs = (weights(out, ["transformer.wte.weight"]) for out in (moved, tmp_path))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_save_or_stop_saves_when_due_and_at_a_signal(monkeypatch):
+    saved = []
+    monkeypatch.setattr(grpo, "save_checkpoint", lambda run, step: saved.append(step))
+    state = SimpleNamespace(config=Config(save_every=4, steps=10))
+    for step in range(1, 11):
+        grpo.save_or_stop(state, step, ())
+    assert saved == [4, 8, 10]
+    with pytest.raises(RunError, match="SIGINT: add --resume") as stopped:
+        grpo.save_or_stop(state, 5, [signal.SIGINT])
+    assert saved[3:] == [5] and stopped.value.status == 130
+
+
+def cut(name, size):
+    return lambda out: os.truncate(out / name, size)
+
+
+def exchange(out):
+    state = {"state": json.dumps({"step": 1, "logs": {}, "config": {}})}
+    save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, state)
+
+
+HARM = [  # what happens to the files, settings of the resuming run, what is said
+    (None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
+    (os.remove, dict(resume=False), "holds a run"),  # but for its checkpoint
+    (None, dict(steps=3), "12 steps are done, over --steps 3"),
+    (cut(grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
+    (exchange, {}, "state.safetensors: .* tensor"),
+    (cut("prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
+]
+
+
+@pytest.mark.parametrize(("harm", "changes", "message"), HARM)
+def test_resume_refuses_and_leaves_as_it_is(whole, tmp_path, harm, changes, message):
+    copy = Path(shutil.copytree(whole[0], tmp_path / "copy"))
+    if harm:
+        harm(copy / grpo.CHECKPOINT if harm == os.remove else copy)
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message):
+        run(copy, **WHOLE | dict(resume=True) | changes)
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+def test_load_checkpoint_refuses_other_settings(whole):
+    """All but those that change nothing in what is trained."""
+    config = grpo.resolve(settings(whole[0], resume=True, **WHOLE))
+    may_change = (
+        "steps eval_every save_every micro_batch out resume measure_every curvature".split()
+    )
+    for field in fields(Config):
+        if field.name not in ("device", *may_change):
+            with pytest.raises(InputError, match=f"other settings.*'{field.name}': .*, 'other'"):
+                grpo.load_checkpoint(replace(config, **{field.name: "other"}), None, None)
+
+
+# ------------------------------------------- processes --------------------------------------------
+
+# A fork has all imports; but not of a process that has a GPU, nor on macOS.
+FORK = sys.platform == "linux" and not torch.cuda.is_available()
+CONTEXT = get_context("fork" if FORK else "spawn")
+
+
+def process(config, rank, size, port, death, small):
+    """One of the processes that torchrun would start; the last may die, at a call of its reward."""
+    where = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), **where)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    grpo.SMALL = small
+    grpo.REWARDS["exact_match"] = parity
+    if rank == size - 1:
+        grpo.REWARDS["exact_match"] = at_call(death, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sys.exit(command(config))
+
+
+def start(config, size=1, death=-1, small=grpo.SMALL):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    each = [(config, rank, size, port, death, small) for rank in range(size)]
+    processes = [CONTEXT.Process(target=process, args=arguments) for arguments in each]
+    for one in processes:
+        one.start()
+    return processes
+
+
+def statuses(processes):
+    for each in processes:
+        each.join(120)
+        each.kill()
+    return [each.exitcode for each in processes]
+
+
+def assert_like(out, other):
+    """The same tokens at every step, so the same logs but for rounding, and the same weights."""
+    assert read(out, "samples.jsonl") == read(other, "samples.jsonl")
+    for name in grpo.LOGS[:2]:
+        ours, theirs = (read(path, name) for path in (out, other))
+        for line, expected in zip(ours, theirs, strict=True):
+            assert line.keys() == expected.keys()
+            for key in line.keys() - {"level", "logprob_gap", "curvature", "curvature_error"}:
+                a, b = (np.array(x[key], float) for x in (line, expected))
+                np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4, err_msg=key)
+    ours, theirs = (load_file(path / grpo.CHECKPOINT) for path in (out, other))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
+
+
+SHARED_OUT = dict(steps=4, prompts=4, optimizer="sgd", lr=0.1, measure_every=1, save_every=2)
+
+
+def test_train_with_processes_of_which_one_dies_resumes_with_another_number(tmp_path, monkeypatch):
+    """Gradients are sketched, with one set of signs. Of 3 the last dies in step 2, after 2 * 4
+    rewards of the evaluation and 2 * 10 of steps; the others end."""
+    changes = BRIEF | SHARED_OUT | dict(norm="batch", agg="token", eval_problems=12)
+    config = settings(tmp_path / "run", **changes)
+    monkeypatch.setattr(grpo, "SMALL", 1000)
+    processes = start(config, 3, death=8 + 20 + 5, small=1000)
+    run(tmp_path / "whole", **changes)  # meanwhile
+    assert statuses(processes) == [1, 1, -signal.SIGKILL]
+    assert len(read(tmp_path / "run")) == 2
+    assert statuses(start(replace(config, resume=True), 2, small=1000)) == [0, 0]
+    assert_like(tmp_path / "run", tmp_path / "whole")
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    with pytest.raises(InputError, match="4 prompts a step are too few for 5 processes"):
+        run(tmp_path / "other", **changes)
+
+
+def test_share_gather_and_everyone_by_hand(tmp_path, monkeypatch):
+    """Of the second of three processes, each of which has the same; a lost one is one line."""
+
+    def all_gather_object(lists, value):
+        lists[:] = [value] * 3
+
+    pretended = dict(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 3)
+    monkeypatch.setattr(
+        grpo, "dist", SimpleNamespace(**pretended, all_gather_object=all_gather_object)
+    )
+    assert grpo.share(7) == range(2, 4) and not grpo.is_first()
+    assert grpo.gather([1, 2]) == [1, 2, 1, 2, 1, 2]
+    shared = grpo.everyone(tensor([[1.0], [2.0]]))
+    assert shared.tolist() == [[1], [2]] * 3 and shared.dtype == torch.float64
+    grpo.append(SimpleNamespace(config=Config(out=str(tmp_path))), "log", [{}])
+    assert not (tmp_path / "log").exists()  # by the first process alone
+
+    def fail(*_, **__):
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RunError, match="another process has stopped: Connection closed by peer"):
+        grpo.collective(fail)
+    monkeypatch.setattr(grpo, "train", fail)
+    with pytest.raises(RuntimeError, match="^Connection closed by peer$"):  # with its traceback
+        command([])
+
+
+# --------------------------------------- grader and data ------------------------------------------
+
+GRADES = r"""
+18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18
+18 ✓ #### 18 dollars ¦ #### The answer is 18
+18 ✓ #### **18** ¦ #### 10 + 8 = 18 ¦ I think 12, no, 18.
+18 ✗ #### 17 or 18 ¦ #### ¦ nothing ¦  ¦ 180 ¦ \boxed{18 ‖ 17 ✗ \boxed{17} \boxed{18
+12 ✗ I think 12, no, 18. ¦ #### 1,2 ‖ 7 ✓ #### +7 ¦ so \fbox{7} of 8 ✗ #### -7
+-7 ✓ #### -7 ¦ #### −7 ¦ #### - 7 ¦ #### -$7 ¦ #### $-7 ‖ 1200 ✓ #### $1,200 ¦ It costs $1,200.
+200 ✗ #### $1,200 ‖ 1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1
+1234.5 ✓ \boxed{\$1,234.50} ‖ 7.5 ✓ \boxed{\$7.50} ‖ 10000 ✓ \boxed{10,\!000} ‖ 3.5 ✓ \boxed 3.5.
+3 ✓ pages 1-3 ¦ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
+4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples
+50 ✓ #### 50% ¦ #### 50\%
+5 ✓ #### €5 ¦ #### 5 a day ‖ 5 ✓ #### 5 km/hour ¦ #### 5 m
+5 ✓ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x
+1/2 ✓ #### .5 ‖ 0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12}
+2 ✗ \boxed{2\pi} ¦ #### 2 pi ¦ \boxed{2  pi} ¦ \boxed{2 x} ¦ \boxed{\sqrt{2}}
+2\sqrt{2} ✓ \boxed{\sqrt{8}}
+\text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob} ‖ 90 ✓ \boxed{90^\circ}
+\left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
+(-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864}
+15 ✓ \boxed{15 \text{ cm}^{3}} ‖ \text{e} ✗ \boxed{\text{e}^2}
+(3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
+-5 ✓ it is −5 ¦ −$5.\n ✗ 3 - 5 ‖ 3/4 ✓ so 3/4 ¦ 0.75\n ✗ 4 ‖ 4 ✗ it is 3/4 ¦ 1.5e3 ‖ 3 ✗ 3/4 ¦ 1.5e3
+1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ✗ 1.5e2 ‖ 10 ✗ 1e100
+5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n ‖ 1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}}
+-3 ✓ it is -3
+"""
+
+
+@pytest.mark.parametrize("line", re.split(" ‖ |\n", GRADES.strip()))
+def test_grade(line):
+    """A gold answer, and completions that have it, or do not; also in a thread, without signals to
+    stop a parser."""
+    answer, *parts = re.split(" ([✓✗]) ", line.replace("\\n", "\n"))
+    with ThreadPoolExecutor(1) as pool:
+        for mark, completions in zip(parts[::2], parts[1::2]):
+            for completion in completions.split(" ¦ "):
+                there = pool.submit(grpo.grade, completion, answer).result()
+                assert grpo.grade(completion, answer) == there == (mark == "✓"), completion
+
+
+REPEATED = dict(deadline=None, database=None, derandomize=True)  # the same examples at every run
+# What stands around an answer, or around the line that marks one; what marks it.
+AROUND = "{}¦{}\n¦{}\n\n¦ {} ¦{}.¦{}.\n¦**{}**¦**{}.**\n¦${}$¦${}$.¦`{}`¦x = {} \n"
+AROUND += "¦```\n{}\n```¦```text\n{}\n```\n¦\n\n{}"
+MARKS = "{}¦I think 12, no, {}¦#### {}¦so 12:\n#### {}¦#### **{}**¦#### ${}$¦\\boxed{{{}}}"
+FORMS = "{}¦{} km¦{} apples¦{} km/hour¦{} square feet.¦{}%¦{}\\%¦${}¦\\${}¦€{}¦{} €"
+
+
+@pytest.mark.parametrize("examples", [500, pytest.param(20_000, marks=slow)])
+def test_a_right_number_earns_1_in_every_form_and_its_neighbour_0(examples):
+    """Signs, thousands, decimals, percent, currency, units; the neighbour differs by one in the
+    last digit."""
+
+    def check(value, decimals, sign, thousands, form, mark, around, inner):
+        def text(number):
+            shown = f"{number / 10**decimals:{',' if thousands else ''}.{decimals}f}"
+            return form.format(sign + shown) if inner else sign + form.format(shown)
+
+        gold = f"{'-' * (sign in '-−' and sign != '')}{value / 10**decimals:.{decimals}f}"
+        for number, grade in ((value, 1.0), (value + 1, 0.0)):
+            completion = around.format(mark.format(text(number)))
+            assert grpo.grade(completion, gold) == grade, (completion, gold)
+
+    flags, signs = st.booleans(), st.sampled_from(["", "-", "−", "+"])
+    shapes = (st.sampled_from(texts.split("¦")) for texts in (FORMS, MARKS, AROUND))
+    parts = st.integers(0, 10**6), st.integers(0, 3), signs, flags, *shapes, flags
+    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(*parts)(check))()
+
+
+# fmt: off
+HOSTILE = [
+    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200,
+    "{" * 200, "x" * 250, "9" * 10**6, "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6,
+    "a" * 10**6, "-" * 10**6, " " * 10**6, "\\text{" * 10**5, "^" * 10**5,
+    "(" * 10**5 + "," * 10**5, "\\int_0^1 x^{x^x}", "\\sqrt{" * 60 + "2" + "}" * 60,
+    "\\frac{1}{0}", "٣", "\0", "$" * 999,
+    pytest.param("\\sum_{n=1}^{9999} \\frac{1}{n^9}", marks=slow),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_completions_get_no_reward_in_bounded_time(text):
+    """As completions, and as a gold answer, which is never boxed."""
+    boxed = f"\\boxed{{{text}}}"
+    for completion, answer in ((text, "\\frac{3}{4}"), (boxed, "\\frac{3}{4}"), ("3", text)):
+        began = time.perf_counter()
+        assert grpo.grade(completion, answer) == 0.0
+        assert time.perf_counter() - began < 3
+
+
+STRANGE = ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301]
+
+
+@pytest.mark.parametrize("text", STRANGE)
+def test_what_no_answer_is_like_is_never_parsed(text, monkeypatch):
+    """The parser needs a second and a hundred megabytes for such a text, and keeps some of them."""
+    parsed = []
+    monkeypatch.setattr("math_verify.parse", lambda text, **_: parsed.append(text) or [])
+    assert grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0
+    assert parsed == []
+
+
+ROWS = r"""
+{"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 4"} -> 4
+{"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."} -> \frac{1}{2}
+{"prompt": "q", "solution": "\\boxed{1} \\boxed{2}", "final_answer": 7} -> 7
+{"text": "q", "answer": "1"} -> ! no column of each
+{"question": "q", "reply": "1"} -> ! no column .*answer
+{"question": "q", "answer": ""} -> ! row 1: ‖ {"question": "q", "answer": null} -> ! row 1:
+{"question": "q", "answer": "\\frac{1}{2"} -> ! row 1:
+{"question": "q", "answer": "#### "} -> ! row 1:
+{"question": " ", "answer": "1"} -> ! row 1: no question
+"""
+
+
+@pytest.mark.parametrize("line", re.split(" ‖ |\n", ROWS.strip()))
+def test_columns_are_found_by_name_and_unusable_rows_named(line):
+    row, expected = line.split(" -> ")
+    rows = Dataset.from_list([json.loads(row)])
+    if expected[0] != "!":
+        assert grpo.load_rows("file", True, rows) == [("q", expected, None)]
+        return
+    with pytest.raises(InputError, match=f"^[^\n]*file.*{expected[2:]}[^\n]*$"):
+        grpo.load_rows("file", True, rows)
+
+
+def test_a_split_of_a_data_set_is_loaded_with_or_without_a_configuration(tmp_path):
+    for split, answer in (("train", 1), ("test", 2)):
+        row = {"question": "q", "answer": answer, "level": 5}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
+    found = [grpo.load_rows(f"{tmp_path}:{name}", True) for name in ("test", "default:test")]
+    assert found == [[("q", "2", 5)]] * 2
+
+
+FILES = dict(gsm8k_test="gsm8k", svamp="gsm8k", math500="math")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
+@pytest.mark.parametrize(("file", "task"), FILES.items())
+def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
+    path = f"{DATA}/{file}.jsonl"
+    config = Config(task=task, data=path, eval_problems=100)
+    train, test = grpo.load_problems(config, None, grpo.grade)
+    raw = pd.read_json(path, lines=True, dtype=False).rename(columns={"problem": "question"})
+    golds = [answer.split("####")[-1].strip() for answer in raw.answer]
+    levels = raw.get("level", [None] * len(raw))
+    assert sorted(train + test) == sorted(zip(raw.question, golds, levels, strict=True))
+    assert all(grpo.grade(f"so \\boxed{{{answer}}}.", answer) == 1 for answer in golds)
+
+
+# What answers are made of, what breaks parsers, and what takes for ever if one lets it.
+# fmt: off
+PIECES = st.sampled_from([
+    "\\boxed{", "####", "\\frac", "\\sqrt[", "^{", "9" * 10**6, "1e999999", "\\left(", "\\\\",
+    "\\int", "\\begin{pmatrix}", "1,200", "\\text{", "^" * 50, "(" * 300, "é" * 10**6, "9!!!!!!!!",
+    "2^{3^{4^{5^6}}}", *"{}!٣½\0\ud800&=$,.-/07x \n%",
+])
+# fmt: on
+PARTS = st.one_of(st.lists(PIECES, max_size=12), st.text(max_size=60))  # to be joined
+thorough = pytest.mark.parametrize("examples", [50, pytest.param(5_000, marks=slow)])
+
+
+@thorough
+def test_grade_bears_anything(examples):
+    def check(parts):
+        began = time.perf_counter()
+        assert grpo.grade(*map("".join, parts)) in (0.0, 1.0) and time.perf_counter() - began < 3
+
+    # Hypothesis keeps what it makes: joined texts would be gigabytes of its own.
+    pairs = st.tuples(PARTS, PARTS)
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731, in GB
+    before = peak()
+    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(pairs)(check))()
+    assert peak() - before < 0.5
+
+
+@thorough
+def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
+    values = st.one_of(PARTS.map("".join), st.none(), st.integers(-(2**62), 2**62), st.floats())
+    names = st.sampled_from(["question", "problem", "answer", "solution", "x"])
+    rows = st.dictionaries(names, values)
+    lines = st.one_of(rows.map(lambda row: json.dumps(row).encode()), st.binary(max_size=40))
+
+    def check(lines):
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_bytes(b"\n".join(lines))
+        try:
+            for question, answer, _ in grpo.load_rows(str(path), True):
+                assert str(question).strip() and 0 < len(answer) <= grpo.MAX_SPAN
+        except InputError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+
+    few = hypothesis.settings(max_examples=examples // 3, **REPEATED)
+    few(hypothesis.given(st.lists(lines, max_size=3))(check))()
+
+
+@pytest.mark.parametrize("name", ["letters", "arith"])
+def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
+    task, shifts = grpo.TASKS[name], set()
+    train, test = (grpo.load_rows(path, False) for path in (task.train, task.test))
+    questions = [{question for question, *_ in rows} for rows in (train, test)]
+    assert len(test) == 512 and len(set.union(*questions)) == len(train) + 512 > 5000
+    for question, answer, level in train + test:
+        a, b = question.removesuffix("=").split("+")
+        if name == "letters":  # each digit plus the letter's own one
+            assert level == a
+            shifts |= {(a, (int(x) - int(y)) % 10) for x, y in zip(answer, b, strict=True)}
+        else:
+            assert answer == f"{int(a) + int(b):04}"[::-1]
+            powers = 10, 100, 1000
+            assert level == sum(int(a) % n + int(b) % n >= n for n in powers)
+    assert len(shifts) == len(dict(shifts)) == (6 if name == "letters" else 0)
+
+
+def test_load_problems_holds_out_what_is_not_trained_on(tmp_path):
+    """Of a file of one's own a third at most, always the same; else of another file the first."""
+    rows = [{"question": f"q{i}", "answer": str(i), "level": i % 3} for i in range(10)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [(f"q{i}", str(i), i % 3) for i in range(10)]
+    own = Config(task="math", data=str(path))
+    for config, dataset, count in (
+        (own, None, 3), (replace(own, eval_problems=2, seed=1), None, 2),
+        (Config(task="math"), Dataset.from_list(rows), 3),
+    ):  # fmt: skip
+        train, test = grpo.load_problems(config, dataset, parity)
+        assert len(test) == count and sorted(train + test) == expected
+        assert train + test != expected and grpo.load_problems(config, dataset, None)[1] == test
+    other = replace(own, eval_data=LETTERS.test, eval_problems=2)
+    letters = grpo.load_rows(LETTERS.test, False)
+    assert grpo.load_problems(other, None, None) == (expected, letters[:2])
+    train, test = grpo.load_problems(Config(task="letters", eval_problems=5), None, None)
+    assert (len(train), test) == (5488, letters[:5])
+    with pytest.raises(InputError, match="2 problems are too few to hold any out"):
+        grpo.load_problems(own, Dataset.from_list(rows[:2]), None)
+    wrong = Dataset.from_list([{"question": "q", "answer": "\\frac{1}{2"}] * 3)
+    assert len(grpo.load_problems(own, wrong, parity)[0]) == 2  # a reward of one's own takes it
+    with pytest.raises(InputError, match="row 1"):
+        grpo.load_problems(own, wrong, grpo.grade)
+
+
+BEGINS = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TEMPLATES = [  # a template, and the text whose characters are the prompt's tokens; b is <bos>
+    (BEGINS + "{% if add_generation_prompt %}<a>{% endif %}", "b<user>say: e+7=!<a>"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}?", "say: e+7=!?"),  # without a beginning
+    (None, "bsay: e+7=!"),
+]
+
+
+@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
+def test_encode_problems_follows_the_chat_template_token_by_token(template, expected):
+    """The beginning of a text is marked once: by the template, or else by the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    single = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.backend_tokenizer.post_processor = single
+    tokenizer.chat_template = template
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=len(expected) + 6))
+    policy = SimpleNamespace(tokenizer=tokenizer, model=model)
+    config = Config(instruction="say: {question}!", max_new_tokens=6)
+    (problem,) = grpo.encode_problems([("e+7=", "1", "e")], policy, config)
+    tokens = [
+        bos if x == "b" else i
+        for x, i in zip(expected, tokenizer.convert_tokens_to_ids([*expected]))
+    ]
+    assert problem == ("e+7=", "1", "e", tokens)
+    (plain,) = grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, chat=False))
+    assert plain.prompt == [bos, *tokenizer.convert_tokens_to_ids([*"say: e+7=!"])]
+    with pytest.raises(InputError, match=f"over the context of {len(expected) + 6}.*: '"):
+        grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, max_new_tokens=7))
+
+
+# ---------------------------------------- the command line ----------------------------------------
+
+
+def command(arguments):
+    """Exit status of the command line, of these arguments or settings."""
+    if isinstance(arguments, Config):
+        given = {key: value for key, value in asdict(arguments).items() if value is not None}
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+        try:
+            return grpo.main(arguments)
+        except SystemExit as end:
+            return end.code
+
+
+BAD = [
+    ("--nrom std", "unrecognized arguments: --nrom std"),
+    ("--norm sd", "invalid choice: 'sd'"),
+    ("--group 1", "group is 1, not a finite number from 2 on"),
+    ("--group x", "invalid int value: 'x'"),
+    ("--lora 4.5", "invalid int value: '4.5'"),
+    ("--lr -1", "lr is -1.0, not a finite number from 0 on"),
+    ("--lr nan", "lr is nan"),
+    ("--lr inf", "lr is inf"),
+    ("--optimizer sgd", "sgd has no default rate: add --lr, from 0.01 to 0.5 on letters"),
+    ("--temperature 0", "temperature is 0"),
+    ("--data nowhere.jsonl", "cannot load nowhere.jsonl"),
+    ("--eval-data nowhere.jsonl", "cannot load nowhere.jsonl"),
+    ("--data /dev/null", "cannot load /dev/null"),
+    ("--instruction hi", "must contain {question}"),
+    ("--model no/where", "--model DIR --data FILE.jsonl"),
+    ("--resume", "state.safetensors"),
+    ("--task gsm8k", "cannot load openai/gsm8k"),
+    ("--max-new-tokens 500", "the context of 128"),
+    ("--out /dev/null/run", "/dev/null/run"),
+    ("--device tpu9", "device tpu9 cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_main_says_in_one_line_what_is_wrong(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)  # without a network, at once
+    few = LETTERS._replace(train=LETTERS.test)  # problems: so that the others take no time
+    monkeypatch.setitem(grpo.TASKS, "letters", few)
+    assert command(arguments.split()) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("grpo.py: error: ") and message in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_main_helps_with_every_setting_and_its_default(capsys):
+    assert command(["--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    source = inspect.getsource(Config)
+    for field in fields(Config):
+        (comment,) = re.findall(rf"^ +{field.name}: [^#]*?# (.*)$", source, re.M)
+        assert f"--{field.name.replace('_', '-')}" in shown and comment in shown
+    assert "default: letters and arith 6, gsm8k 512, math 1024" in shown
+    assert "default letters 2e-4, arith 3e-4, else 1e-6 (LoRA 1e-5)" in shown
+
+
+def test_main_passes_settings_on_and_notes_a_signal(monkeypatch, capfd):
+    """The first is left to the step; a second one ends the process."""
+    trained = []
+
+    def train(config, stop):
+        trained.append(config)
+        if config.steps == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            raise OSError("no space\nleft")
+
+    monkeypatch.setattr(grpo, "train", train)
+    assert command("--norm var --chat false --curvature --lr 1e-3".split()) == 0
+    assert command(["--curvature", "false"]) == 0
+    assert trained == [
+        Config(norm="var", chat=False, curvature=True, lr=1e-3),
+        Config(curvature=False),
+    ]
+    former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert grpo.main(["--steps=7"]) == 1
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), former):
+        signal.signal(number, handler)
+    error = capfd.readouterr().err
+    assert (
+        error.endswith("grpo.py: stopped: no space left\n") and "stopping after this step" in error
     )
 
 
-def test_train_takes_one_thread_for_a_small_model_and_gives_the_others_back(tmp_path, monkeypatch):
-    """Unless OMP_NUM_THREADS says how many; also after an error."""
-    seen = []
+def test_resolve_fills_in_what_the_task_brings():
+    """A model or data of one's own is mathematics. What is filled in stays so."""
+    rates = {task: grpo.resolve(Config(task=task)).lr for task in grpo.TASKS}
+    assert rates == {"letters": 2e-4, "arith": 3e-4, "gsm8k": 1e-6, "math": 1e-6}
+    assert grpo.resolve(Config(task="gsm8k", lora=64)).lr == pytest.approx(1e-5)
+    assert grpo.resolve(Config(lr=0.5, lora=1)).lr == 0.5
+    own = Config(), Config(model="DIR"), Config(data="FILE"), Config(task="letters", model="DIR")
+    own = [grpo.resolve(config) for config in own]
+    assert [config.task for config in own] == ["letters", "math", "math", "letters"]
+    assert [config.out for config in own[:2]] == ["runs/letters-std-0", "runs/math-std-0"]
+    assert (own[1].max_new_tokens, own[1].instruction) == (1024, grpo.BOXED)
+    assert (own[0].device, own[0].dtype) == ("cpu", "float32") or torch.cuda.is_available()
+    assert all(grpo.resolve(config) == config for config in own)
+    rewards = [grpo.REWARDS[grpo.TASKS[config.task].reward]("so 5.0\n", "5") for config in own]
+    assert rewards == [0.0, 1.0, 1.0, 0.0] and grpo.exact_match("5", "5") == 1.0
 
-    def reward(*_):
-        seen.append(torch.get_num_threads())
-        return 1 / 0
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        for small, number, expected in ((1e6, None, 1), (1e6, "2", 2), (1e5, None, 2)):
-            monkeypatch.setattr(grpo, "SMALL", small)
-            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-            if number:
-                monkeypatch.setenv("OMP_NUM_THREADS", number)
-            seen.clear()
-            with pytest.raises(RunError, match="division by zero"):
-                run(tmp_path / str(small), reward)
-            assert seen == [expected] and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+def test_resolve_of_a_changed_config_is_what_the_command_line_gives(monkeypatch):
+    """Also of one that was trained with."""
+    config = Config()
+    commanded = []
+    monkeypatch.setattr(grpo, "train", lambda config, stop: commanded.append(grpo.resolve(config)))
+    grpo.resolve(config)
+    changes = dict(norm="none", task="gsm8k", seed=3, kl=0.5, model="DIR", lora=8)
+    for name, value in changes.items():
+        assert command([f"--{name}={value}"]) == 0
+        assert grpo.resolve(replace(config, **{name: value})) == commanded[-1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: 1 / (device != "cuda:3"))
+    with pytest.raises(ZeroDivisionError):  # each process has the GPU of its number
+        grpo.resolve(config)
+    for name in ("norm", "agg", "optimizer", "task", "dtype"):
+        with pytest.raises(InputError, match=f"{name} is 'mad', not one of "):
+            grpo.resolve(Config(**{name: "mad"}))
+
+
+def test_load_policy_finds_ends_limits_and_masters(tmp_path):
+    path = tmp_path / "model"
+    model = make_model("llama", 8192)
+    model.generation_config.eos_token_id = [5, 3]
+    model.save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)  # whose end token is 0
+    tokenizer.save_pretrained(path)
+    config = grpo.resolve(settings("-", model=str(path), dtype="bfloat16", micro_batch=None))
+    policy = grpo.load_policy(config)
+    assert policy.eos_ids == [0, 3, 5] and not policy.model.training
+    assert policy.limits == (4096, 2**24 // 8192)  # by vocabulary
+    assert grpo.load_policy(replace(config, micro_batch=9)).limits == (9, 9)
+    assert policy.model.config._attn_implementation == "eager"
+    assert policy.cache_argument in inspect.signature(policy.model.forward).parameters
+    assert policy.trained.keys() == policy.masters.keys() == dict(model.named_parameters()).keys()
+    assert {x.dtype for x in policy.trained.values()} == {torch.bfloat16}
+    assert {x.dtype for x in policy.masters.values()} == {torch.float32}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    adapted = [grpo.load_policy(replace(config, lora=2)) for _ in range(2)]
+    assert torch.equal(*(flat(x.masters.values()) for x in adapted))  # always the same start
+    assert torch.equal(
+        before, torch.get_rng_state()
+    )  # and the caller's random numbers as they were
+    assert {x.dtype for x in adapted[0].trained.values()} == {torch.float32}
+    assert sum("lora_A" in name for name in adapted[0].trained) == 2 * 7  # all linear layers
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(path)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(path)
+    with pytest.raises(InputError, match="names no end-of-sequence token"):
+        grpo.load_policy(config)
+
+
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ END }}{% endfor %}"
+ENDS = [  # what a template puts after an answer, and what of it ends a completion
+    ("<|im_end|>\n", ["<|im_end|>"]),
+    ("<eos>", ["<eos>"]),
+    ("\nUser:", []),  # plain text
+    ("{{ raise_exception('no') if m.role == 'assistant' }}", []),
+]
+
+
+@pytest.mark.parametrize(("end", "expected"), ENDS)
+def test_end_of_turn_is_the_special_token_after_an_answer(end, expected, tmp_path):
+    """And ends a completion where the template is used."""
+    path = shutil.copytree(LETTERS.model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TURN.replace("{{ END }}", end)
+    expected = set(tokenizer.convert_tokens_to_ids(expected))
+    assert grpo.end_of_turn(tokenizer) == expected
+    tokenizer.save_pretrained(path)
+    for chat in (True, False):
+        policy = grpo.load_policy(grpo.resolve(settings("-", model=str(path), chat=chat)))
+        assert policy.eos_ids == sorted({0} | (expected if chat else set()))
+
+
+def test_load_policy_executes_no_code_of_a_model(tmp_path):
+    mark = tmp_path / "executed"
+    marker = type("Marker", (), {"__reduce__": lambda _: (Path.touch, (mark,))})
+    foreign = Path(shutil.copytree(LETTERS.model, tmp_path / "foreign"))
+    pickled = Path(shutil.copytree(LETTERS.model, tmp_path / "pickled"))
+    own = '{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}'
+    (foreign / "config.json").write_text(own)
+    (foreign / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
+    (pickled / "model.safetensors").unlink()
+    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
+    for path in (foreign, pickled):
+        with pytest.raises(InputError, match="cannot load model"):
+            run(tmp_path / "run", model=str(path))
+    assert not mark.exists() and not (tmp_path / "run").exists()
