@@ -193,7 +193,6 @@ import inspect
 import itertools
 import json
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -250,12 +249,6 @@ def make_model(kind, vocab_size=23):
     for parameter in model.parameters():
         parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
     return model
-
-
-def save_model(kind, path, vocab_size=98):
-    make_model(kind, vocab_size).save_pretrained(path)
-    AutoTokenizer.from_pretrained(LETTERS.model).save_pretrained(path)
-    return str(path)
 
 
 def make_policy(model, ends=(1,), limits=(4096, 4096)):
@@ -457,7 +450,7 @@ def test_set_gradient_clips_the_norm_by_hand():
 
 
 SETTINGS = dict(steps=12, prompts=3, group=5, eval_every=4, eval_problems=4, save_every=4, lr=1e-3)
-SETTINGS |= dict(measure_every=4, micro_batch=40, device="cpu", dtype="float32", task="letters")
+SETTINGS |= dict(measure_every=4, micro_batch=80, device="cpu", dtype="float32", task="letters")
 SETTINGS |= dict(data=LETTERS.test)
 BRIEF = dict(eval_every=0, eval_problems=1, steps=2, measure_every=0)
 
@@ -517,68 +510,6 @@ def test_evaluate_is_generate_and_then_the_rollout_of_each_problem(monkeypatch):
     sizes.clear()
     columns, _ = grpo.evaluate(policy, problems, reward, config)
     assert sizes == [2, 1, 2, 1] and columns["eval_reward"] == mean(sampled, 2)
-
-
-def planted(fault):
-    """A policy of which fault(logits, tokens) changes what the model returns."""
-    model = make_model("llama")
-    forward = model.forward
-
-    def changed(tokens, **named):
-        output = forward(tokens, **named)
-        output.logits = fault(output.logits, tokens)
-        return output
-
-    model.forward = changed
-    return make_policy(model)
-
-
-def other_in_training(size):
-    return lambda logits, _: logits + size * torch.is_grad_enabled() * torch.arange(23)
-
-
-def other_for_lone_tokens(logits, tokens):
-    return logits * 2 if tokens.shape == (2, 1) else logits
-
-
-def no_training_on_lone_tokens(logits, tokens):
-    return logits / 0 if tokens.shape == (2, 1) and torch.is_grad_enabled() else logits
-
-
-REFUSED = [  # completions of two tokens are extended by one in training, those of eight by seven
-    (other_for_lone_tokens, "rollout and training differ by [0-9.]+ nats"),
-    (no_training_on_lone_tokens, "rollout and training differ by nan nats"),
-    (other_in_training(0.002), "rollout and training differ by [0-9.]+ nats"),
-    (lambda logits, _: logits[5:], "with a DynamicCache it fails: no slot for its state"),
-]
-
-
-@pytest.mark.parametrize(("fault", "message"), REFUSED)
-def test_check_model_refuses_one_whose_rollout_and_training_disagree(fault, message):
-    config = Config(model="DIR", max_new_tokens=8)
-    problems = [Problem("q", "a", None, prompt) for prompt in PROMPTS]
-    with pytest.raises(InputError, match=rf"^model DIR \(llama\) cannot be used: {message}"):
-        grpo.check_model(planted(fault), problems, config)
-    for size, dtype in ((0.0005, torch.float32), (0.05, torch.bfloat16)):  # as large as rounding
-        policy = planted(other_in_training(size))
-        policy.model.to(dtype)
-        assert grpo.check_model(policy, problems, config) is policy
-
-
-def test_check_model_guards_one_that_overwrites_what_its_gradient_needs():
-    def overwriting(logits, _):
-        shares = logits.sigmoid()
-        result = shares * 3
-        shares.zero_()  # which the gradient of the sigmoid is made of
-        return result
-
-    problems = [Problem("q", "a", None, prompt) for prompt in PROMPTS]
-    policy = grpo.check_model(planted(overwriting), problems, Config(max_new_tokens=8))
-    exact = planted(lambda logits, _: logits.sigmoid() * 3)
-    batch = sample_batch(exact)
-    found, _ = grpo.loss_gradient(policy, batch, range(20), Config())
-    expected, _ = grpo.loss_gradient(exact, batch, range(20), Config())
-    assert relative_error(flat(found), flat(expected)) < 1e-6
 
 
 # ---------------------------------- a run against the naive run -----------------------------------
@@ -670,7 +601,9 @@ def test_train_is_the_naive_run(changes, tmp_path):
     adapters."""
     changes = BRIEF | dict(optimizer="sgd", lr=0.3) | changes
     if "model" in changes:
-        changes["model"] = save_model(changes["model"], tmp_path / "start")
+        changes["model"] = str(tmp_path / "start")
+        make_model("llama", 98).save_pretrained(changes["model"])
+        AutoTokenizer.from_pretrained(LETTERS.model).save_pretrained(changes["model"])
     config = settings(tmp_path, **changes)
     given = asdict(config)
     grpo.train(config, reward=parity)
@@ -773,12 +706,6 @@ def test_train_on_another_device_is_the_same(tmp_path):
     pd.testing.assert_frame_equal(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_train_on_cuda_has_one_policy_in_rollout_and_training(tmp_path):
-    run(tmp_path, device="cuda")
-    assert 0 < max(row["logprob_gap"] or 0.0 for row in read(tmp_path)[:-1]) < 1e-3
-
-
 def test_train_skips_steps_that_are_not_finite_and_ends_after_five_in_a_row(tmp_path, monkeypatch):
     """Logits are spoiled at steps 1 to 4 and 6 to 10. Where all rewards are 0, so is the gradient,
     and only the entropy tells."""
@@ -845,7 +772,7 @@ def measure(policy, batch, config, levels=None):
 def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
     """Of every half: its gradient, Fisher trace, and curvature within 1% of a Hessian-vector product
     by double backward in float64. The error logged for float32 is of the size of the true one."""
-    changes = dict(group=8, prompts=10, lora=lora, dtype=dtype, curvature=True)
+    changes = dict(group=8, prompts=5, lora=lora, dtype=dtype, curvature=True)
     config = grpo.resolve(settings("-", **changes))
     policy = grpo.load_policy(config)
     how = dict(dtype=dtype, attn_implementation="eager")
@@ -887,17 +814,17 @@ def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
             exact[-1] = math.nan
     found = [half["curvature"] for half in halves]
     np.testing.assert_allclose(found, exact, rtol=0.01, atol=1e-9)
-    assert np.isfinite(exact).sum() > 5
+    assert np.isfinite(exact).sum() > 4
     assert line["curvature"] == pytest.approx(np.nanmean(found))
     for name in ("fisher_half", "pass_rate_half", "reward_std_half", "curvature"):
-        pairs = np.array([half[name] for half in halves], float).reshape(10, 2)
+        pairs = np.array([half[name] for half in halves], float).reshape(5, 2)
         np.testing.assert_array_equal(np.array(columns[name], float), pairs)
     monkeypatch.setattr(grpo, "SMALL", 0)  # so that it is done in float32
     _, _, halves = measure(policy, batch, config)
     errors = [half["curvature"] - x for half, x in zip(halves, exact)]
     told = [half["curvature_error"] for half in halves]
     ratio = [abs(error) / size for error, size in zip(errors, told) if size > 0]
-    assert len(ratio) > 5 and 1 / 3 < np.median(ratio) < 3
+    assert len(ratio) > 3 and 1 / 3 < np.median(ratio) < 3
 
 
 def test_measure_takes_features_levels_and_sketches(tmp_path, monkeypatch):
@@ -1119,18 +1046,6 @@ def test_resume_after_a_signal_a_full_disk_and_a_changed_schedule(tmp_path, caps
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_save_or_stop_saves_when_due_and_at_a_signal(monkeypatch):
-    saved = []
-    monkeypatch.setattr(grpo, "save_checkpoint", lambda run, step: saved.append(step))
-    state = SimpleNamespace(config=Config(save_every=4, steps=10))
-    for step in range(1, 11):
-        grpo.save_or_stop(state, step, ())
-    assert saved == [4, 8, 10]
-    with pytest.raises(RunError, match="SIGINT: add --resume") as stopped:
-        grpo.save_or_stop(state, 5, [signal.SIGINT])
-    assert saved[3:] == [5] and stopped.value.status == 130
-
-
 def cut(name, size):
     return lambda out: os.truncate(out / name, size)
 
@@ -1164,11 +1079,10 @@ def test_resume_refuses_and_leaves_as_it_is(whole, tmp_path, harm, changes, mess
 def test_load_checkpoint_refuses_other_settings(whole):
     """All but those that change nothing in what is trained."""
     config = grpo.resolve(settings(whole[0], resume=True, **WHOLE))
-    may_change = (
-        "steps eval_every save_every micro_batch out resume measure_every curvature".split()
-    )
+    may_change = {"steps", "eval_every", "save_every", "micro_batch", "device", "out", "resume"}
+    may_change |= {"measure_every", "curvature"}
     for field in fields(Config):
-        if field.name not in ("device", *may_change):
+        if field.name not in may_change:
             with pytest.raises(InputError, match=f"other settings.*'{field.name}': .*, 'other'"):
                 grpo.load_checkpoint(replace(config, **{field.name: "other"}), None, None)
 
@@ -1224,19 +1138,19 @@ def assert_like(out, other):
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
 
 
-SHARED_OUT = dict(steps=4, prompts=4, optimizer="sgd", lr=0.1, measure_every=1, save_every=2)
+SHARED_OUT = dict(steps=3, prompts=4, optimizer="sgd", lr=0.1, measure_every=2, save_every=1)
 
 
 def test_train_with_processes_of_which_one_dies_resumes_with_another_number(tmp_path, monkeypatch):
-    """Gradients are sketched, with one set of signs. Of 3 the last dies in step 2, after 2 * 4
-    rewards of the evaluation and 2 * 10 of steps; the others end."""
+    """Gradients are sketched, with one set of signs. Of 3 the last dies in step 1, after 2 * 4
+    rewards of the evaluation and 10 of a step; the others end."""
     changes = BRIEF | SHARED_OUT | dict(norm="batch", agg="token", eval_problems=12)
     config = settings(tmp_path / "run", **changes)
     monkeypatch.setattr(grpo, "SMALL", 1000)
-    processes = start(config, 3, death=8 + 20 + 5, small=1000)
+    processes = start(config, 3, death=8 + 10 + 5, small=1000)
     run(tmp_path / "whole", **changes)  # meanwhile
     assert statuses(processes) == [1, 1, -signal.SIGKILL]
-    assert len(read(tmp_path / "run")) == 2
+    assert len(read(tmp_path / "run")) == 1
     assert statuses(start(replace(config, resume=True), 2, small=1000)) == [0, 0]
     assert_like(tmp_path / "run", tmp_path / "whole")
     monkeypatch.setenv("WORLD_SIZE", "5")
@@ -1624,7 +1538,7 @@ def test_main_passes_settings_on_and_notes_a_signal(monkeypatch, capfd):
             raise OSError("no space\nleft")
 
     monkeypatch.setattr(grpo, "train", train)
-    assert command("--norm var --chat false --curvature --lr 1e-3".split()) == 0
+    assert command(["--norm=var", "--chat", "false", "--curvature", "--lr=1e-3"]) == 0
     assert command(["--curvature", "false"]) == 0
     assert trained == [
         Config(norm="var", chat=False, curvature=True, lr=1e-3),
@@ -1675,77 +1589,3 @@ def test_resolve_of_a_changed_config_is_what_the_command_line_gives(monkeypatch)
     for name in ("norm", "agg", "optimizer", "task", "dtype"):
         with pytest.raises(InputError, match=f"{name} is 'mad', not one of "):
             grpo.resolve(Config(**{name: "mad"}))
-
-
-def test_load_policy_finds_ends_limits_and_masters(tmp_path):
-    path = tmp_path / "model"
-    model = make_model("llama", 8192)
-    model.generation_config.eos_token_id = [5, 3]
-    model.save_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)  # whose end token is 0
-    tokenizer.save_pretrained(path)
-    config = grpo.resolve(settings("-", model=str(path), dtype="bfloat16", micro_batch=None))
-    policy = grpo.load_policy(config)
-    assert policy.eos_ids == [0, 3, 5] and not policy.model.training
-    assert policy.limits == (4096, 2**24 // 8192)  # by vocabulary
-    assert grpo.load_policy(replace(config, micro_batch=9)).limits == (9, 9)
-    assert policy.model.config._attn_implementation == "eager"
-    assert policy.cache_argument in inspect.signature(policy.model.forward).parameters
-    assert policy.trained.keys() == policy.masters.keys() == dict(model.named_parameters()).keys()
-    assert {x.dtype for x in policy.trained.values()} == {torch.bfloat16}
-    assert {x.dtype for x in policy.masters.values()} == {torch.float32}
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    adapted = [grpo.load_policy(replace(config, lora=2)) for _ in range(2)]
-    assert torch.equal(*(flat(x.masters.values()) for x in adapted))  # always the same start
-    assert torch.equal(
-        before, torch.get_rng_state()
-    )  # and the caller's random numbers as they were
-    assert {x.dtype for x in adapted[0].trained.values()} == {torch.float32}
-    assert sum("lora_A" in name for name in adapted[0].trained) == 2 * 7  # all linear layers
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(path)
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(path)
-    with pytest.raises(InputError, match="names no end-of-sequence token"):
-        grpo.load_policy(config)
-
-
-TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ END }}{% endfor %}"
-ENDS = [  # what a template puts after an answer, and what of it ends a completion
-    ("<|im_end|>\n", ["<|im_end|>"]),
-    ("<eos>", ["<eos>"]),
-    ("\nUser:", []),  # plain text
-    ("{{ raise_exception('no') if m.role == 'assistant' }}", []),
-]
-
-
-@pytest.mark.parametrize(("end", "expected"), ENDS)
-def test_end_of_turn_is_the_special_token_after_an_answer(end, expected, tmp_path):
-    """And ends a completion where the template is used."""
-    path = shutil.copytree(LETTERS.model, tmp_path / "model")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = TURN.replace("{{ END }}", end)
-    expected = set(tokenizer.convert_tokens_to_ids(expected))
-    assert grpo.end_of_turn(tokenizer) == expected
-    tokenizer.save_pretrained(path)
-    for chat in (True, False):
-        policy = grpo.load_policy(grpo.resolve(settings("-", model=str(path), chat=chat)))
-        assert policy.eos_ids == sorted({0} | (expected if chat else set()))
-
-
-def test_load_policy_executes_no_code_of_a_model(tmp_path):
-    mark = tmp_path / "executed"
-    marker = type("Marker", (), {"__reduce__": lambda _: (Path.touch, (mark,))})
-    foreign = Path(shutil.copytree(LETTERS.model, tmp_path / "foreign"))
-    pickled = Path(shutil.copytree(LETTERS.model, tmp_path / "pickled"))
-    own = '{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}'
-    (foreign / "config.json").write_text(own)
-    (foreign / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
-    (pickled / "model.safetensors").unlink()
-    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
-    for path in (foreign, pickled):
-        with pytest.raises(InputError, match="cannot load model"):
-            run(tmp_path / "run", model=str(path))
-    assert not mark.exists() and not (tmp_path / "run").exists()
