@@ -15,7 +15,7 @@ GRPO in five lines. For each of P prompts:
     advantages A = (r - mean of r) * scale      scale = 1: REINFORCE; 1 / deviation of r: GRPO
     loss = -mean over the completions of A * log-probability of the completion
 
-and with the gradient of the P losses' mean, take one step of the optimizer. `--norm` chooses the
+and the optimizer takes one step along the gradient of the P losses' mean. `--norm` chooses the
 scale and changes nothing else: none 1, std 1 / sigma, var 1 / sigma^2 (ascent on the log-odds),
 batch 1 / (standard deviation of all P*G rewards).
 
@@ -26,17 +26,15 @@ What is not as in GRPO as published (Shao et al. 2024, arXiv 2402.03300):
     `--norm none` with the sum is Dr. GRPO (arXiv 2503.20783), up to a constant.
   - sigma is the population standard deviation (TRL, verl and OpenRLHF take the sample one), eps is
     1e-6, and a group of equal rewards has advantages of exactly 0.
-  - There is no KL term unless `--kl` > 0, and then the importance ratio weighs it.
-  - There is one update per batch, at which the importance ratio is 1, unless `--epochs` > 1.
+  - No KL term unless `--kl` > 0, and then the importance ratio weighs it.
+  - One update per batch, at which the importance ratio is 1, unless `--epochs` > 1.
   - What is sampled is what is trained: no top-k, no top-p, one temperature for both.
   - Rewards come from a checker, not from a model; AdamW has no weight decay.
 
-Three parts:
-
-  1. The algorithm: `train`, and what it calls, in the order of the calls. Read this.
-  2. The measurement: what Ge et al. (arXiv 2601.23135) explain the division with. Each prompt's
-     gradient, how orthogonal they are, the curvature along them. For those who want to know why.
-  3. The plumbing: models, answers, data, files, processes, the command line. Skip it.
+Part one, the algorithm: `train`, and what it calls, in the order of the calls. Read this.
+Part two, the measurement: what Ge et al. (arXiv 2601.23135) explain the division with, for those
+who want to know why: each prompt's gradient, how orthogonal they are, the curvature along them.
+Part three, the plumbing: models, answers, data, files, processes, the command line. Skip it.
 
 Functions that need only torch and their arguments are there to be copied: group_advantages (with
 advantage_scale), token_weights, policy_loss, k3_divergence, sample_tokens, gradient_geometry (with
@@ -44,6 +42,8 @@ pair_cosines), directional_curvature (with square), count_sketch.
 """
 
 import argparse
+import difflib
+import hashlib
 import inspect
 import json
 import math
@@ -51,6 +51,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import namedtuple
@@ -70,7 +71,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as transformers_logging
 
@@ -93,8 +94,8 @@ class Config:
     which also checks the others."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
-    task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default letters; own: math
-    model: str | None = None  # directory or hub name; default embedded, or Qwen/Qwen2.5-Math-1.5B
+    task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default: letters, or math
+    model: str | None = None  # directory or hub name; default: embedded, or Qwen/Qwen2.5-Math-1.5B
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
     data: str | None = None  # JSONL file, or PATH[:NAME]:SPLIT of the hub; default: the task's
     eval_data: str | None = None  # held-out problems; default: the task's, or a part of --data
@@ -105,9 +106,7 @@ class Config:
     max_new_tokens: int | None = None  # default: letters and arith 6, gsm8k 512, math 1024
     temperature: float = 1.0  # softmax temperature, the same for sampling and training
     steps: int = 250  # number of batches to sample; each gets --epochs updates
-    lr: float | None = (
-        None  # after warm-up; default letters 2e-4, arith 3e-4, else 1e-6 (LoRA 1e-5)
-    )
+    lr: float | None = None  # default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
     max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
@@ -115,15 +114,15 @@ class Config:
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
     micro_batch: int | None = None  # most tokens per training pass; default: 4096, or by vocabulary
-    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default bfloat16 on CUDA
-    device: str | None = None  # torch device; default cuda if there is one, else cpu
+    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default: bfloat16 on CUDA
+    device: str | None = None  # torch device; default: cuda if there is one, else cpu
     seed: int = 0  # random seed for the order of prompts and for sampling
     measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
-    curvature: bool | None = None  # measure curvature and Fisher, too; default: up to 1M weights
+    curvature: bool | None = None  # then also curvature and Fisher; default: up to 1M weights
     eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
     eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
     save_every: int = 50  # steps between checkpoints
-    out: str | None = None  # run directory; default runs/TASK-NORM-SEED
+    out: str | None = None  # run directory; default: runs/TASK-NORM-SEED, or after --model, --data
     resume: bool = False  # continue the run in --out
 
 
@@ -162,7 +161,8 @@ def train(config, dataset=None, reward=None, stop=()):
         policy = run.policy
         optimizer = run.optimizer
         mine = share(config.prompts)  # which of the P prompts are this process's
-        failed = 0  # steps in a row
+        failed = 0  # steps in a row without a finite gradient
+        silent = 0  # steps in a row without unequal rewards
         launched = None
         for step in range(run.step, config.steps):
             evaluation = None
@@ -207,9 +207,9 @@ def train(config, dataset=None, reward=None, stop=()):
                     batch.old_logprobs = logprobs  # what later epochs' importance ratios refer to
                 if epoch == 0 and config.measure_every and step % config.measure_every == 0:
                     levels = [run.problems[i].level for i in ids]
-                    measured = measure(policy, batch, levels, config)
+                    measured = measure(policy, batch, levels, config, optimizer)
                 # If the policy is NaN, all rewards may be 0, and the gradient 0 rather than NaN.
-                if not everyone(batch.entropy).isfinite().all():
+                if not everyone(batch.entropy.sum(dim=2)).isfinite().all():
                     grad_norms[-1] = math.nan
                 if math.isfinite(grad_norms[-1]):
                     optimizer.step()
@@ -217,14 +217,12 @@ def train(config, dataset=None, reward=None, stop=()):
                 optimizer.zero_grad()
 
             # Log: a line speaks of the policy before this step's update.
-            ended = time.perf_counter()
-            seconds = {"rollout": rolled_out - began, "update": ended - rolled_out}
-            pace = (ended - launched) / (step + 1 - run.step)
-            log_step(run, step, ids, batch, active, grad_norms, seconds, measured, evaluation, pace)
+            clock = launched, began, rolled_out
+            log_step(run, step, ids, batch, active, grad_norms, clock, measured, evaluation)
             failed = 0 if any(math.isfinite(norm) for norm in grad_norms) else failed + 1
-            if failed == 5:
-                raise RunError(f"no finite gradient in 5 steps in a row, up to {step}")
-            save_or_stop(run, step + 1, stop)
+            silent = 0 if advantages.any() else silent + 1
+            report_trouble(failed, silent, step, rewards)
+            save_or_stop(run, step + 1, stop, failed)
 
         evaluation = evaluate(policy, run.held_out, run.reward, config)
         return finish(run, evaluation)
@@ -525,54 +523,61 @@ SKETCH = 65_537  # size of the sketch kept of a larger gradient; a prime
 ROUNDING = 5  # error of a sequence's log-probability, in units of eps * (its size + 1)
 
 
-def measure(policy, batch, levels, config):
+def measure(policy, batch, levels, config, optimizer):
     """Measure what the paper explains the division with: each prompt's gradient of its expected
-    reward, how the gradients relate and, with config.curvature, curvature and Fisher information.
-    A group's halves are two looks at its prompt, with noises of their own. Nothing of the update is
-    used or changed: no advantages, weights or `.grad`. levels: [P], of all processes' prompts.
-    Returns what the step's line in the log gets, and columns [P] for those of its prompts."""
+    reward, how the gradients relate, what each norm's step would teach, and with config.curvature
+    curvature and Fisher information. A group's halves are two looks at its prompt, with noises of
+    their own. Nothing of the update is used or changed, but that the length of its `.grad` is
+    taken. levels: [P], of all processes' prompts. Returns columns for the step's line in the log,
+    and columns [P] for its prompts' lines."""
     G = config.group
-    device = policy.model.device
-    trained = sum(master.numel() for master in policy.masters.values())
-    signs = None
-    if trained > SMALL:  # the same in every step and process
-        stream = torch.Generator(device).manual_seed(0)
-        signs = torch.randint(2, (trained,), generator=stream, device=device, dtype=torch.int8)
-        signs = signs * 2 - 1
-    precise = None
-    if config.curvature:  # a second difference drowns in bfloat16, and if small in float32
-        parameters = dict(policy.model.named_parameters()) | policy.masters
-        count = sum(x.numel() for x in parameters.values())
-        wide = torch.float64 if count <= SMALL else torch.float32
-        precise = {name: x.detach().to(wide) for name, x in parameters.items()}
+    masters = [*policy.masters.values()]
+    diagonal = None
+    if config.agg != "mean" and not config.kl:  # with which a step is not what `progress` knows
+        diagonal = step_diagonal(optimizer, masters)
+    unknown = torch.full((1,), math.nan, device=policy.model.device)  # so what needs it is NaN
+    root = torch.cat([d.flatten() for d in diagonal]).sqrt() if diagonal else unknown
+    signs = sketch_signs(masters)
+    precise = precise_parameters(policy) if config.curvature else None
     halves = []
     for group in torch.arange(batch.lengths.numel()).view(-1, G):
-        first, second = group.tensor_split(2)
-        for rows, others in ((first, second), (second, first)):
-            more = rows.tolist(), others.tolist(), signs, precise, config
-            halves.append(measure_half(policy, batch, *more))
+        first, second = (half.tolist() for half in group.tensor_split(2))
+        halves.append(measure_half(policy, batch, first, second, signs, root, precise, config))
+        halves.append(measure_half(policy, batch, second, first, signs, root, precise, config))
     halves = gather(halves)  # of all processes' prompts, in order: two a prompt
     vectors = torch.stack([half.pop("vector") for half in halves]).double()  # [2P, D]
+    scaled = torch.stack([half.pop("scaled_vector") for half in halves]).double()
     line, columns = gradient_geometry(vectors[::2], vectors[1::2], G, levels)
+    for name in halves[0]:
+        values = [half[name] for half in halves]
+        columns[name] = [*zip(values[::2], values[1::2])]
+    if precise:
+        curvature = torch.tensor([half["curvature"] for half in halves], dtype=torch.float64)
+        line["curvature"] = curvature.nanmean()
     features = torch.stack(gather([*prompt_features(policy, batch.prompts)])).double()  # [P, D]
     centred = features - features.mean(dim=0)
     line["feature_cos"] = pair_cosines(features @ features.T).abs().mean()
     line["feature_cos_centered"] = pair_cosines(centred @ centred.T).abs().mean()
-    for name in halves[0]:
-        values = [half[name] for half in halves]
-        columns[name] = [*zip(values[::2], values[1::2])]
-    if config.curvature:
-        curvature = torch.tensor([half["curvature"] for half in halves], dtype=torch.float64)
-        line["curvature"] = curvature.nanmean()
+    lr = optimizer.param_groups[0]["lr"]
+    rewards = everyone(batch.rewards)
+    A, B = scaled[::2], scaled[1::2]
+    for norm in ("none", "std", "var", "batch"):
+        scale = advantage_scale(rewards, norm)[:, 0]
+        values, length = progress(A @ A.T, A @ B.T, B @ B.T, G, scale)
+        line[f"length_{norm}"] = lr * length
+        if norm != "batch":  # whose scale has a prompt's own rewards in it
+            columns[f"progress_{norm}"] = (lr * values).tolist()
+    taken = [(d * x.grad.square()).sum() for d, x in zip(diagonal or [], masters)]
+    line["length_taken"] = lr * sum(taken) ** 0.5 if taken else math.nan
     return line, columns
 
 
-def measure_half(policy, batch, rows, others, signs, precise, config):
+def measure_half(policy, batch, rows, others, signs, root, precise, config):
     """What is measured of one half of a group, by name. rows, others: this half and the other one.
-    signs: for count_sketch, or None to keep the gradient whole. precise: all parameters, by name,
-    for the curvature; None: it is left out, and the Fisher information with it. The gradient, of
-    the prompt's expected reward and uphill, is the mean of leave-one-out advantage * grad log pi:
-    with the whole group as its baseline, so that the halves' mean is the group's gradient."""
+    signs: for count_sketch, or None to keep the gradient whole. root: sqrt of the step's diagonal,
+    see `progress`. precise: all parameters, by name, for curvature and Fisher information, or None.
+    The gradient, of the prompt's expected reward, is the mean of leave-one-out advantage * grad log
+    pi: the baseline is the whole group's, so that the halves' mean is the group's gradient."""
     G = batch.lengths.shape[1]
     group_rewards = batch.rewards[rows[0] // G]
     rewards = batch.rewards.flatten()[rows]
@@ -582,11 +587,15 @@ def measure_half(policy, batch, rows, others, signs, precise, config):
     weights = torch.full_like(batch.weights, 1 / len(rows))
     mean = replace(batch, advantages=advantages, weights=weights, old_logprobs=None)
     mixed = rows if group_rewards.max() > group_rewards.min() else []  # else rounding errors
-    gradient = [-x for x in loss_gradient(policy, mean, mixed, config)[0]]
-    flat = [x.flatten() for x in gradient]
-    half["vector"] = (torch.cat(flat) if signs is None else count_sketch(flat, signs, SKETCH)).cpu()
+    downhill, _ = loss_gradient(policy, mean, mixed, config)
+    if signs is None:
+        half["vector"] = -torch.cat([x.flatten() for x in downhill]).cpu()
+        half["scaled_vector"] = half["vector"] * root.cpu()
+    else:
+        half["vector"] = -count_sketch(downhill, signs, SKETCH).cpu()
+        half["scaled_vector"] = -count_sketch(downhill, signs * root, SKETCH).cpu()
     if precise:
-        found = probe_curvature(policy, batch, rows, others, gradient, precise, config)
+        found = probe_curvature(policy, batch, rows, others, downhill, precise, config)
         half["curvature"], half["curvature_error"] = found
         # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
         mean = replace(mean, advantages=torch.ones_like(advantages))
@@ -648,6 +657,45 @@ def pair_cosines(gram):
     return cosines[torch.ones_like(cosines).triu(1) > 0]
 
 
+def progress(AA, AB, BB, group, scale):
+    """What every prompt would learn from this batch, to first order: the change of a fresh prompt's
+    expected reward by a step lr * D * mean over p of scale_p * (G-1)/G * g_p, divided by lr, where
+    g_p is prompt p's leave-one-out gradient and D the optimizer's diagonal. AA, AB, BB: [P, P]
+    inner products of the gradients sqrt(D) * g from the groups' halves, as in gradient_geometry.
+    scale: [P], as from advantage_scale. Returns the values [P, 2], one from each half of the
+    prompt's own group, and the step's length in the metric D, divided by lr. A prompt's own part in
+    the step is left out: the next prompt is another one, and then there is no bias."""
+    n, m = (group + 1) // 2, group // 2
+    first = (n * AA + m * AB) / group  # [P, P]: of half A of the one, all of the other
+    second = (n * AB.T + m * BB) / group
+    whole = (n * first + m * second) / group
+    weights = scale * (group - 1) / group
+    others = 1 - torch.eye(len(scale), dtype=scale.dtype)
+    halves = torch.stack([(others * x) @ weights for x in (first, second)], dim=1)  # [P, 2]
+    return halves / (len(scale) - 1), (weights @ whole @ weights).sqrt() / len(scale)
+
+
+def step_diagonal(optimizer, parameters):
+    """D, a list of tensors like the parameters: by what the optimizer's next step multiplies each
+    entry of a gradient, besides the learning rate, as known before that gradient. None for an
+    optimizer that is not known, and for AdamW before its first step. For AdamW 1 / (sqrt(v) + eps),
+    v free of its bias, and sqrt(v) at least a tenth of its root mean square in the tensor: where v
+    is near 0, the step's own gradient would enter it first. Replace it for other optimizers."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return [torch.ones_like(x) for x in parameters]
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return None
+    eps, betas = optimizer.param_groups[0]["eps"], optimizer.param_groups[0]["betas"]
+    diagonal = []
+    for state in (optimizer.state[x] for x in parameters):
+        if "exp_avg_sq" not in state:
+            return None
+        v = state["exp_avg_sq"] / (1 - betas[1] ** state["step"])
+        root = v.sqrt().clamp(min=0.1 * v.mean().sqrt())
+        diagonal.append(torch.where(v.mean() > 0, 1 / (root + eps), 0.0))
+    return diagonal
+
+
 def count_sketch(tensors, signs, size):
     """Random projection [size] of the tensors, taken as one vector, that preserves inner products:
     entry i, times a random sign, is added to sum i modulo `size` (Charikar, Chen, Farach-Colton
@@ -665,6 +713,17 @@ def count_sketch(tensors, signs, size):
         sums += padded.view(-1, size).sum(dim=0, dtype=torch.float32)
         start = end
     return sums
+
+
+def sketch_signs(parameters):
+    """Signs for count_sketch, the same in every step and process; None for a small model, whose
+    gradients are kept whole."""
+    count = sum(x.numel() for x in parameters)
+    if count <= SMALL:
+        return None
+    device = parameters[0].device
+    stream = torch.Generator(device).manual_seed(0)
+    return torch.randint(2, (count,), generator=stream, device=device, dtype=torch.int8) * 2 - 1
 
 
 def square(tensors):
@@ -686,11 +745,21 @@ def prompt_features(policy, prompts):
     return ((states[-1].float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
 
 
-def probe_curvature(policy, batch, rows, others, gradient, precise, config):
+def precise_parameters(policy):
+    """All parameters, by name, in a type in which a second difference does not drown in rounding:
+    float64 for a small model, else float32."""
+    parameters = dict(policy.model.named_parameters()) | policy.masters
+    small = sum(x.numel() for x in parameters.values()) <= SMALL
+    dtype = torch.float64 if small else torch.float32
+    return {name: x.detach().to(dtype) for name, x in parameters.items()}
+
+
+def probe_curvature(policy, batch, rows, others, direction, precise, config):
     """Curvature, and its error by rounding, of the prompt's expected reward along the gradient of a
     half (`rows`), from the other half's samples, whose own leave-one-out baseline keeps out nearly
-    all of that gradient's noise. precise: all parameters, by name. NaN if the other half is a
-    single sample, or if `rows` all earn the same: their gradient is then due to the others."""
+    all of that gradient's noise. direction: that gradient, up or down. precise: all parameters, by
+    name. NaN if the other half is a single sample, or if `rows` all earn the same: their gradient
+    is then due to the others."""
     own = batch.rewards.flatten()[rows]
     n = len(others)
     if n < 2 or own.max() == own.min():
@@ -711,8 +780,8 @@ def probe_curvature(policy, batch, rows, others, gradient, precise, config):
     # The gradient is a mean of advantage * grad log pi: divided by the rewards' deviation, its norm
     # is about the slope of log pi along it.
     p = rows[0] // batch.lengths.shape[1]
-    slope = square(gradient) ** 0.5 / float(batch.rewards[p].std(correction=0))
-    direction = dict(zip(policy.masters, gradient))
+    slope = square(direction) ** 0.5 / float(batch.rewards[p].std(correction=0))
+    direction = dict(zip(policy.masters, direction))
     start = {name: precise[name] for name in policy.masters}
     return directional_curvature(sequence_logprobs, start, direction, advantages, slope)
 
@@ -724,9 +793,9 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
     sequence_logprobs: maps parameters (a dict of tensors, float64 if memory allows, else float32)
     to the log-probabilities [n] of n sampled sequences, in nats. direction: a dict with the same
     names. advantages: [n]. slope: a guess at how fast the log-probabilities change along v. Returns
-    the second difference, and the absolute error (one standard deviation) that rounding leaves in
-    it. Both are NaN if no step changes the log-probabilities by about what is wanted, or if that
-    error is over a tenth of deviation(A) * |change per step|^2, which bounds curvatures' size."""
+    the second difference and its absolute error by rounding (one standard deviation): NaN if no
+    step changes the log-probabilities by about what is wanted, or if the error is over a tenth of
+    what bounds any curvature's size, deviation(A) * |change per step|^2."""
     length = square(direction.values()) ** 0.5
     if not 0 < length < torch.inf:
         return torch.nan, torch.nan
@@ -768,53 +837,74 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
 
 @contextmanager
 def start_run(config, dataset, reward):
-    """All that a run works with, at its start or, with `resume`, where it was saved: the settings,
-    with everything filled in, policy, optimizer, reference (the forward of the KL term's policy, or
-    None), problems, held_out, reward, and the first step to take. At the end torch has its threads
-    back. Raises InputError before anything is written."""
+    """The run, see prepare_run, at its start or, with `resume`, where it was saved. What one
+    process cannot use ends all of them. At the end torch has its threads back."""
+    join_processes(config)
+    threads = torch.get_num_threads()
+    lock = None
+    try:
+        refused = []
+        try:
+            run = prepare_run(config, dataset, reward)
+            lock = lock_directory(Path(run.config.out)) if is_first() else None
+            run.step = load_checkpoint(run) if run.config.resume else 0
+        except InputError as error:
+            refused = [error]
+        for refusal in gather(refused):
+            raise refusal
+        if run.small and run.config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # more gain nothing, and lose much beside another program
+        yield run
+    except (MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not exhausted and "can't allocate memory" not in str(error):  # as torch says on a CPU
+            raise
+        advice = "--resume with a smaller --micro-batch, or begin with a smaller --group, or --lora"
+        raise RunError(f"out of memory: {advice}; the checkpoint stays") from error
+    finally:
+        torch.set_num_threads(threads)
+        if lock is not None:
+            os.close(lock)
+
+
+def prepare_run(config, dataset, reward):
+    """All that a run works with: the settings, with everything filled in, policy, optimizer, the
+    forward of the KL term's policy, problems, held-out ones, reward, and hashes of what a resumed
+    run must have again. Writes nothing. Raises InputError."""
     config = resolve(config)
     reward = reward or REWARDS[TASKS[config.task].reward]
     training, held_out = load_problems(config, dataset, reward)
     out = Path(config.out)
     if not config.resume and ((out / CHECKPOINT).exists() or (out / LOGS[0]).exists()):
         raise InputError(f"{out} holds a run: add --resume to continue it, or --out OTHER_DIR")
-    join_processes(config)
     policy = load_policy(config)
-    training = encode_problems(training, policy, config)
-    held_out = encode_problems(held_out, policy, config)
-    policy = check_model(policy, training, config)
+    problems = encode_problems(training, policy, config)
+    policy = check_model(policy, problems, config)
     small = sum(x.numel() for x in policy.model.parameters()) <= SMALL
     if config.curvature is None:
         config = replace(config, curvature=small)
-    optimizer = make_optimizer([*policy.masters.values()], config)
+    frozen = {}  # what is not in a checkpoint, so that a resumed run could have another
     reference = None
+    if config.lora:
+        frozen = {k: x for k, x in policy.model.named_parameters() if k not in policy.masters}
     if config.kl:  # copied before a checkpoint is loaded: it is the start policy
-        frozen = {name: x.detach().clone() for name, x in policy.trained.items()}
+        frozen |= {name: x.detach().clone() for name, x in policy.trained.items()}
         reference = torch.no_grad()(with_parameters(policy.model, frozen))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error}") from error
-    gather([])  # a barrier: all have seen what is in --out before the first process writes there
-    step = load_checkpoint(config, policy, optimizer) if config.resume else 0
+    run = SimpleNamespace(config=config, policy=policy, reference=reference, small=small)
+    run.problems = problems
+    run.held_out = encode_problems(held_out, policy, config)
+    run.reward = reward
+    run.optimizer = make_optimizer([*policy.masters.values()], config)
+    run.hashes = fingerprint(problems, frozen.values())
+    trained = sum(master.numel() for master in policy.masters.values())
     if is_first():
-        trained = sum(master.numel() for master in policy.masters.values())
         print(
-            f"{config.task}: {len(training):,} problems, "
+            f"{config.task}: {len(problems):,} problems, "
             f"reward {getattr(reward, '__name__', reward)}, at most "
             f"{config.max_new_tokens} new tokens; norm {config.norm}, {config.optimizer} at "
             f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
-    threads = torch.get_num_threads()
-    if "cpu" in config.device and small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # more gain nothing, and lose much beside another program
-    try:
-        yield SimpleNamespace(
-            config=config, policy=policy, optimizer=optimizer, reference=reference,
-            problems=training, held_out=held_out, reward=reward, step=step,
-        )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+    return run
 
 
 # ----------------------------------------- The model ----------------------------------------------
@@ -847,12 +937,23 @@ def load_policy(config):
     options = safe | dict(dtype=config.dtype)
     if not cuda:
         options["attn_implementation"] = "eager"  # which is faster on CPUs
+    if Path(path, "adapter_config.json").exists():
+        raise InputError(
+            f"model {path} is adapters alone: merge them into their model, and save it"
+        )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         vocabulary = len(model.get_output_embeddings().weight)
         # Newer versions of transformers have another name for it.
         named_cache = "cache" in inspect.signature(model.forward).parameters
+        generation = model.generation_config
+        # Of it only tokens are of use here; not all that some models have could be saved.
+        kept = {k: getattr(generation, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+        model.generation_config = GenerationConfig(**{f"{k}_token_id": v for k, v in kept.items()})
+        with tempfile.TemporaryDirectory() as folder:  # now, and not after the last step
+            for part in (model.config, model.generation_config, tokenizer):
+                part.save_pretrained(folder)
         if config.lora:  # arXiv 2106.09685; in float32, beside parameters of any type
             import peft
 
@@ -863,7 +964,7 @@ def load_policy(config):
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
         raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would train another distribution than is sampled
-    ends = getattr(model.generation_config, "eos_token_id", None)  # None, one id, or several
+    ends = kept["eos"]  # None, one id, or several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     ends |= end_of_turn(tokenizer) if config.chat else set()
     if not ends:
@@ -935,31 +1036,47 @@ def encode_prompts(policy, prompts, copies, forward=None):
 
 def check_model(policy, problems, config):
     """The policy, with a guard if the model overwrites tensors that autograd needs, which keeps
-    copies of them. Raises InputError if rollout or training fails with this model, or if the two
-    disagree."""
-    prompt = max([problem.prompt for problem in problems], key=len)
+    copies of them. Raises InputError if rollout or training of the shortest and the longest prompt
+    together fails, or is not what each completion alone, in a plain pass without a cache, gives."""
+    prompts = sorted((problem.prompt for problem in problems), key=len)
     model_type = policy.model.config.model_type
     refusal = f"model {config.model or config.task} ({model_type}) cannot be used"
     most = 1e-3 if policy.model.dtype == torch.float32 else 0.5  # of rounding, nats
     for T in (2, 8):  # some layers have a way of their own for a single token
+        T = min(T, config.max_new_tokens)
+        uniforms = torch.tensor([0.3, 0.7])[:, None].expand(2, 2, T).contiguous()
         endless = replace(policy, eos_ids=[-1])
-        uniforms = torch.full((1, 2, min(T, config.max_new_tokens)), 0.5)
         try:
-            batch = rollout(endless, [prompt], uniforms, config.temperature)
-            batch.advantages = batch.weights = torch.ones(1, 2)
+            batch = rollout(endless, [prompts[0], prompts[-1]], uniforms, config.temperature)
+            batch.advantages = batch.weights = torch.ones(2, 2)
             try:
-                _, logprobs = loss_gradient(policy, batch, [0, 1], config)
+                _, logprobs = loss_gradient(policy, batch, range(4), config)
             except RuntimeError:
                 guard = torch.autograd.graph.allow_mutation_on_saved_tensors
                 policy = replace(policy, guard=guard)
-                _, logprobs = loss_gradient(policy, batch, [0, 1], config)
+                _, logprobs = loss_gradient(policy, batch, range(4), config)
+            plain = plain_logprobs(policy, batch, config.temperature)
         except Exception as error:  # whatever another kind of model raises
             reason = "no slot for its state" if isinstance(error, IndexError) else error
             raise InputError(f"{refusal}: with a DynamicCache it fails: {reason}") from error
-        apart = float((logprobs - batch.logprobs).abs().max())
-        if not apart <= most:  # nor NaN
-            raise InputError(f"{refusal}: rollout and training differ by {apart:.2g} nats")
+        for name, found in (("rollout", batch.logprobs), ("training", logprobs)):
+            apart = float((found - plain).abs().max())
+            if not apart <= most:  # nor NaN
+                raise InputError(f"{refusal}: {name} and a plain pass differ by {apart:.2g} nats")
     return policy
+
+
+@torch.no_grad()
+def plain_logprobs(policy, batch, temperature):
+    """[P, G, T] of completions that all have T tokens: each alone, without padding or a cache."""
+    T = batch.tokens.shape[2]
+    found = []
+    for row, tokens in enumerate(batch.tokens.flatten(0, 1).to(policy.model.device)):
+        prompt = torch.tensor(batch.prompts[row // batch.tokens.shape[1]], device=tokens.device)
+        sequence = torch.cat([prompt, tokens])[None]
+        logits = policy.model(sequence, use_cache=False, logits_to_keep=T + 1).logits[0, :-1]
+        found.append(token_logprobs(logits, tokens, temperature))
+    return torch.stack(found).view_as(batch.logprobs).cpu()
 
 
 # ------------------------------ Answers: rewards that check them ----------------------------------
@@ -1111,11 +1228,14 @@ def pass_rates(rewards):
     return torch.where(inside, (rewards == 1).double().mean(dim=1), math.nan)
 
 
-def log_step(run, step, ids, batch, active, grad_norms, seconds, measured, evaluation, pace):
+def log_step(run, step, ids, batch, active, grad_norms, clock, measured, evaluation):
     """Write the step's lines, and say how far the run is. active: [P, G], which completions were
-    trained on. seconds: of rollout and update; pace: of whole steps on average. measured,
+    trained on. clock: when the run's first step, this one, and its update began. measured,
     evaluation: what `measure` and `evaluate` returned, or None."""
     config = run.config
+    launched, began, rolled_out = clock
+    now = time.perf_counter()
+    seconds_left = (now - launched) / (step + 1 - run.step) * (config.steps - step - 1)
     rewards = everyone(batch.rewards)  # [P, G]
     lengths = everyone(batch.lengths)
     rates = pass_rates(rewards)  # [P]
@@ -1137,18 +1257,13 @@ def log_step(run, step, ids, batch, active, grad_norms, seconds, measured, evalu
         "skipped": sum(not math.isfinite(norm) for norm in grad_norms),
         "logprob_gap": everyone(torch.cat([gaps, gaps.new_tensor([-math.inf])]).amax()[None]).max(),
         "lr": run.optimizer.param_groups[0]["lr"],
-        "seconds_rollout": seconds["rollout"],
-        "seconds_update": seconds["update"],
-        "tokens_per_second": lengths.sum() / sum(seconds.values()),
+        "seconds_rollout": rolled_out - began,
+        "seconds_update": now - rolled_out,
+        "tokens_per_second": lengths.sum() / (now - began),
     }
-    columns = {
-        "step": [step] * len(ids),
-        "prompt": ids,
-        "level": [run.problems[i].level for i in ids],
-        "pass_rate": rates,
-        "reward_std": reward_std,
-        "scale": advantage_scale(rewards, config.norm)[:, 0],
-    }
+    levels = [run.problems[i].level for i in ids]
+    columns = {"step": [step] * len(ids), "prompt": ids, "level": levels, "pass_rate": rates}
+    columns |= {"reward_std": reward_std, "scale": advantage_scale(rewards, config.norm)[:, 0]}
     if measured:
         line |= measured[0]
         columns |= measured[1]
@@ -1159,11 +1274,11 @@ def log_step(run, step, ids, batch, active, grad_norms, seconds, measured, evalu
         append(run, LOGS[2], [{"step": step} | sample for sample in evaluation[1]])
     append(run, LOGS[0], [line])
     append(run, LOGS[1], [dict(zip(columns, values)) for values in zip(*columns.values())])
-    if is_first() and (evaluation or step % 10 == 0 or pace > 1):
+    if is_first() and (evaluation or step % 10 == 0 or now - began > 1):
         print(
             f"step {step:>5}/{config.steps}  reward {line['reward']:.3f}  "
             f"σ {line['reward_std']:.3f}  cut off {line['truncated']:.0%}  "
-            f"{pace * (config.steps - step - 1) / 60:.1f} min left{held_out}",
+            f"{seconds_left / 60:.1f} min left{held_out}",
             flush=True,
         )
 
@@ -1198,18 +1313,34 @@ def append(run, name, lines):
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def save_or_stop(run, step, stop):
+def report_trouble(failed, silent, step, rewards):
+    """Say it if nothing can be learnt. failed, silent: how many steps in a row had no finite
+    gradient, and no unequal rewards. Raises RunError for the fifth that fails."""
+    if failed == 5:
+        raise RunError(f"no finite gradient in 5 steps in a row, up to {step}")
+    if silent == 20 and is_first():
+        mean = float(rewards.mean())
+        cause = "are the problems too easy?" if mean > 0 else "is the answer's form what the reward"
+        cause += "" if mean > 0 else " looks for, and --max-new-tokens enough? See samples.jsonl"
+        print(f"nothing can be learnt yet: 20 steps of equal rewards, mean {mean:.3g}; {cause}")
+
+
+def save_or_stop(run, step, stop, failed):
     """Save a checkpoint if one is due before this step, or if the run is to stop there: then also
-    raises RunError."""
+    raises RunError, as it does if the run's last steps have failed. While steps fail nothing is
+    saved: what broke the policy may be in the weights."""
     config = run.config
     # All processes have taken the same steps, so all stop here if one of them is told to.
     signal_number = max(gather(list(stop)), default=0)
-    if signal_number or step == config.steps or step % config.save_every == 0:
+    due = signal_number or step == config.steps or step % config.save_every == 0
+    if due and not failed:
         save_checkpoint(run, step)
     if signal_number:
         stopped = RunError(f"{signal.Signals(signal_number).name}: add --resume to continue")
         stopped.status = 128 + signal_number
         raise stopped
+    if step == config.steps and failed:
+        raise RunError(f"no finite gradient in the last {failed} steps: they are not saved")
 
 
 def save_checkpoint(run, step):
@@ -1230,9 +1361,9 @@ def save_checkpoint(run, step):
     logs = [out / name for name in LOGS if (out / name).exists()]
     sizes = {log.name: log.stat().st_size for log in logs}
     settings = asdict(run.config)
-    state = json.dumps({"step": step, "logs": sizes, "config": settings})
+    state = {"step": step, "logs": sizes, "config": settings, "hashes": run.hashes}
     try:
-        save_file(tensors, temporary, metadata={"state": state})
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
         for written in (temporary, *logs):  # all on the disk before the previous one is gone
             with written.open("rb") as file:
                 os.fsync(file.fileno())
@@ -1243,36 +1374,67 @@ def save_checkpoint(run, step):
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(config, policy, optimizer):
+def load_checkpoint(run):
     """Restore weights, optimizer and logs as they were; returns the next step. Raises InputError,
-    changing nothing on disk, for a damaged file, other settings or model, or missing log lines."""
-    out = Path(config.out)
+    changing nothing on disk, for a damaged file, other settings, problems or model, or missing log
+    lines."""
+    out = Path(run.config.out)
     path = out / CHECKPOINT
     try:
-        with safe_open(path, "pt", device=config.device) as file:
+        with safe_open(path, "pt", device=run.config.device) as file:
             state = json.loads(file.metadata()["state"])
-            saved = state["config"]
-            now = asdict(config)
-            same = [key for key in now if key in saved and key not in MAY_CHANGE]
-            differ = {key: (saved[key], now[key]) for key in same if saved[key] != now[key]}
+            now = {k: v for k, v in asdict(run.config).items() if k not in MAY_CHANGE}
+            then = state["config"]
+            differ = {k: (then[k], v) for k, v in now.items() if then.get(k, v) != v}
             if differ:
                 raise ValueError(f"other settings, saved and given: {differ}")
-            if state["step"] > config.steps:
-                raise ValueError(f"{state['step']} steps are done, over --steps {config.steps}")
+            for name, value in state.get("hashes", {}).items():
+                if value != run.hashes[name]:
+                    raise ValueError(f"other {name} than it was saved with")
+            if state["step"] > run.config.steps:
+                raise ValueError(f"{state['step']} steps are done, over --steps {run.config.steps}")
             for name, size in state["logs"].items():
                 if (out / name).stat().st_size < size:
                     raise ValueError(f"{name} is shorter than it was then")
             kinds = {name.split(".")[0] for name in file.keys()} - {"weights"}  # noqa: SIM118
-            for name, master in policy.masters.items():
+            for name, master in run.policy.masters.items():
                 master.data.copy_(file.get_tensor(f"weights.{name}").view_as(master))
-                optimizer.state[master] = {k: file.get_tensor(f"{k}.{name}") for k in kinds}
+                run.optimizer.state[master] = {k: file.get_tensor(f"{k}.{name}") for k in kinds}
     except Exception as error:  # whatever a damaged file makes safetensors and torch raise
         raise InputError(f"cannot resume from {path}: {error}") from error
-    policy.publish()
+    run.policy.publish()
     for log in (out / name for name in LOGS):
         if is_first() and log.exists():
             os.truncate(log, state["logs"].get(log.name, 0))
     return state["step"]
+
+
+def fingerprint(problems, tensors):
+    """What tells these problems, and tensors by the first thousand numbers of each, from others."""
+    texts = json.dumps([[x.question, x.answer, x.prompt] for x in problems])
+    numbers = [x.detach().flatten()[:1000].float().cpu().numpy().tobytes() for x in tensors]
+    hashes = [hashlib.sha256(part).hexdigest() for part in (texts.encode(), b"".join(numbers))]
+    return dict(zip(("problems", "start model"), hashes))
+
+
+def lock_directory(out):
+    """Make the directory, and keep other runs out of it until the descriptor that is returned is
+    closed; None where the system has no such locks. Raises InputError if another run is in it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error}") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise InputError(f"{out} is in use by another run") from error
+    return descriptor
 
 
 # ----------------------------------------- Processes ----------------------------------------------
@@ -1281,14 +1443,13 @@ def load_checkpoint(config, policy, optimizer):
 def join_processes(config):
     """Join the processes that torchrun started, if it did. Raises InputError."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = "cuda" in config.device
     if world_size > config.prompts:
         raise InputError(f"{config.prompts} prompts a step are too few for {world_size} processes")
-    if world_size == 1:
-        return
-    if cuda:
-        torch.cuda.set_device(config.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if world_size > 1:
+        cuda = config.device != "cpu" and torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
 
 
 def share(count):
@@ -1342,19 +1503,8 @@ def resolve(config):
         low = least.get(entry.name, 0)
         if isinstance(value, (int, float)) and not low <= value < math.inf:
             raise InputError(f"{entry.name} is {value}, not a finite number from {low} on")
-    filled: dict[str, Any] = {}
-    filled["task"] = config.task or ("math" if config.model or config.data else "letters")
-    task = TASKS[filled["task"]]
-    if config.lr is None:
-        if config.optimizer == "sgd":
-            raise InputError("sgd has no default rate: add --lr, from 0.01 to 0.5 on letters")
-        filled["lr"] = task.lr * (10 if config.lora else 1)
-    if config.max_new_tokens is None:
-        filled["max_new_tokens"] = task.max_new_tokens
-    if config.instruction is None:
-        filled["instruction"] = task.instruction
-    elif "{question}" not in config.instruction:
-        raise InputError("instruction must contain {question}, where the problem goes")
+    if config.optimizer == "sgd" and config.lr is None:
+        raise InputError("sgd has no default rate: add --lr, from 0.01 to 0.5 on letters")
     device = config.device
     if device in (None, "cuda"):  # each process of a machine takes the GPU of its number
         cuda = device == "cuda" or torch.cuda.is_available()
@@ -1363,14 +1513,27 @@ def resolve(config):
         torch.empty(0, dtype=torch.float64, device=device)  # which the measurements need
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {device} cannot be used: {error}") from error
-    filled["device"] = device
-    filled["out"] = config.out or f"runs/{filled['task']}-{config.norm}-{config.seed}"
-    if config.dtype is None:
-        settings = Path(filled["out"], "config.json")
-        filled["dtype"] = "bfloat16" if "cuda" in device else "float32"
-        if config.resume and settings.exists():  # a resumed run keeps the type that it had
-            filled["dtype"] = json.loads(settings.read_text())["dtype"]
-    return replace(config, **filled)
+    own = config.model or config.data
+    name = config.task or ("math" if own else "letters")
+    task = TASKS[name]
+    titles = [config.model or "", config.data or name]  # named after what is one's own
+    titles = [Path(x.removesuffix(".jsonl")).name.replace(":", "-") for x in titles if x]
+    out = config.out or f"runs/{'-'.join(titles)}-{config.norm}-{config.seed}"
+    dtype = "bfloat16" if "cuda" in device else "float32"
+    if config.resume and Path(out, "config.json").exists():  # it keeps the type that it had
+        dtype = json.loads(Path(out, "config.json").read_text())["dtype"]
+    defaults = {
+        "task": name,
+        "lr": task.lr * (10 if config.lora else 1),
+        "dtype": dtype,
+        "out": out,
+    }
+    defaults |= {"instruction": task.instruction, "max_new_tokens": task.max_new_tokens}
+    filled = {key: value for key, value in defaults.items() if getattr(config, key) is None}
+    config = replace(config, device=device, **filled)
+    if "{question}" not in config.instruction:
+        raise InputError("instruction must contain {question}, where the problem goes")
+    return config
 
 
 def main(arguments=None):
@@ -1387,6 +1550,12 @@ def main(arguments=None):
             action.const = True
         if action.default is None:  # what is not given is not set
             action.default = argparse.SUPPRESS
+    given, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     received = []
 
     def note(signal_number, _):
@@ -1397,7 +1566,7 @@ def main(arguments=None):
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, note)
     try:
-        train(Config(**vars(parser.parse_args(arguments))), stop=received)
+        train(Config(**vars(given)), stop=received)
     except (RunError, OSError, SafetensorError) as error:
         status = getattr(error, "status", 1)
         said = f"grpo.py: {'error' if status == 2 else 'stopped'}: {error}"
