@@ -754,6 +754,10 @@ def test_start_run_takes_one_thread_for_a_small_model_and_gives_the_others_back(
 
 def measure(policy, batch, config, levels=None):
     """What grpo.measure returns, and what it got from measure_half for each half, two a prompt."""
+    masters = [*policy.masters.values()]
+    optimizer = torch.optim.SGD(masters, lr=0.5)
+    for master in masters:
+        master.grad = torch.ones_like(master)
     halves = []
     measure_half = grpo.measure_half
 
@@ -764,7 +768,8 @@ def measure(policy, batch, config, levels=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "measure_half", keep)
-        line, columns = grpo.measure(policy, batch, levels or [0] * len(batch.prompts), config)
+        levels = levels or [0] * len(batch.prompts)
+        line, columns = grpo.measure(policy, batch, levels, config, optimizer)
     return line, columns, halves
 
 
@@ -881,13 +886,15 @@ def test_measure_does_not_depend_on_the_advantages(tmp_path, monkeypatch):
 # ------------------------------------- files and resumption ---------------------------------------
 
 
-def test_log_step_by_hand(tmp_path, capsys):
+def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
     """Four prompts, of which only the first has completions to train on; the policy is never saved
     by this."""
     config = settings(tmp_path, max_grad_norm=2.5, steps=20)
     problems = [Problem("q", "a", level, []) for level in "wxyz"]
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
-    state = SimpleNamespace(config=config, problems=problems, optimizer=optimizer)
+    state = SimpleNamespace(config=config, problems=problems, optimizer=optimizer, step=3)
+    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: 100.0))
+    clock = 20.0, 96.5, 98.0  # of the run, the step, its update: 80 s for 5 steps, 12 are left
     lengths = tensor([[1, 3], [2, 2], [1, 1], [2, 2]])
     inside = torch.arange(3) < lengths[..., None]
     batch = SimpleNamespace(tokens=torch.zeros(4, 2, 3), lengths=lengths, prompts=[[0]] * 4)
@@ -904,12 +911,11 @@ def test_log_step_by_hand(tmp_path, capsys):
     active = tensor([[True, True], [False] * 2, [False] * 2, [False] * 2])
     measured = {"cos_mean": 0.25}, {"prompt_grad_norm": tensor([1.0, 2, 3, math.nan])}
     evaluation = {"eval_reward": 0.125}, [{"question": "é"}]
-    seconds = {"rollout": 1.5, "update": 2.0}
     norms = [1.0, 3.0]
     ids = [2, 0, 3, 2]
 
     def log(step=7, norms=norms, evaluation=evaluation, measured=measured):
-        grpo.log_step(state, step, ids, batch, active, norms, seconds, measured, evaluation, 10.0)
+        grpo.log_step(state, step, ids, batch, active, norms, clock, measured, evaluation)
         lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])
 
@@ -928,7 +934,7 @@ def test_log_step_by_hand(tmp_path, capsys):
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 7, "question": "é"}\n'
     shown = capsys.readouterr().out
     assert shown == (
-        "step     7/20  reward 0.625  σ 0.125  cut off 12%  2.0 min left  held out 0.125\n"
+        "step     7/20  reward 0.625  σ 0.125  cut off 12%  3.2 min left  held out 0.125\n"
     )
     line = log(norms=[2.0, math.nan], measured=None, evaluation=None)
     assert (line["clipped"], line["skipped"], line["grad_norm"]) == (False, 1, None)
@@ -1084,7 +1090,9 @@ def test_load_checkpoint_refuses_other_settings(whole):
     for field in fields(Config):
         if field.name not in may_change:
             with pytest.raises(InputError, match=f"other settings.*'{field.name}': .*, 'other'"):
-                grpo.load_checkpoint(replace(config, **{field.name: "other"}), None, None)
+                grpo.load_checkpoint(
+                    SimpleNamespace(config=replace(config, **{field.name: "other"}))
+                )
 
 
 # ------------------------------------------- processes --------------------------------------------
@@ -1523,7 +1531,7 @@ def test_main_helps_with_every_setting_and_its_default(capsys):
         (comment,) = re.findall(rf"^ +{field.name}: [^#]*?# (.*)$", source, re.M)
         assert f"--{field.name.replace('_', '-')}" in shown and comment in shown
     assert "default: letters and arith 6, gsm8k 512, math 1024" in shown
-    assert "default letters 2e-4, arith 3e-4, else 1e-6 (LoRA 1e-5)" in shown
+    assert "default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times" in shown
 
 
 def test_main_passes_settings_on_and_notes_a_signal(monkeypatch, capfd):
@@ -1563,7 +1571,7 @@ def test_resolve_fills_in_what_the_task_brings():
     own = Config(), Config(model="DIR"), Config(data="FILE"), Config(task="letters", model="DIR")
     own = [grpo.resolve(config) for config in own]
     assert [config.task for config in own] == ["letters", "math", "math", "letters"]
-    assert [config.out for config in own[:2]] == ["runs/letters-std-0", "runs/math-std-0"]
+    assert [config.out for config in own[:2]] == ["runs/letters-std-0", "runs/DIR-math-std-0"]
     assert (own[1].max_new_tokens, own[1].instruction) == (1024, grpo.BOXED)
     assert (own[0].device, own[0].dtype) == ("cpu", "float32") or torch.cuda.is_available()
     assert all(grpo.resolve(config) == config for config in own)
