@@ -12,9 +12,20 @@ import pytest
 import torch
 from torch import tensor
 
-from grpo import advantage_scale, directional_curvature, gradient_geometry, group_advantages
-from grpo import count_sketch, k3_divergence, pair_cosines, policy_loss, sample_tokens, square
-from grpo import token_logprobs, token_weights
+from grpo import (
+    advantage_scale,
+    count_sketch,
+    directional_curvature,
+    gradient_geometry,
+    group_advantages,
+    k3_divergence,
+    pair_cosines,
+    policy_loss,
+    sample_tokens,
+    square,
+    token_logprobs,
+    token_weights,
+)
 
 # ------------------------------------------- to copy ----------------------------------------------
 
@@ -92,7 +103,7 @@ def test_sample_tokens():
     greedy = sample_tokens(logits[:1], tensor([0.0]), 0.0)
     expected = 1, math.log(3 / 4), math.log(4) - 0.75 * math.log(3)
     assert [x.item() for x in greedy] == pytest.approx(expected)
-    # The ends of the unit interval: tokens of probability 0 are not drawn, however sums are rounded.
+    # The ends of the unit interval: what has probability 0 is not drawn, however sums are rounded.
     logits = tensor([[0, 1.0, 1, 0]] * 2).log()
     tokens, _, entropy = sample_tokens(logits, tensor([0, 1 - 2**-24]), 1.0)
     assert tokens.tolist() == [1, 2] and entropy.tolist() == pytest.approx([math.log(2)] * 2)
@@ -649,7 +660,7 @@ def whole(tmp_path_factory):
 
 
 def test_train_takes_the_steps_of_torchs_adamw_on_float32_masters(whole):
-    """Without weight decay, with a rate that rises for ten steps; the model has them in bfloat16."""
+    """No weight decay, a rate that rises for ten steps; the model has them in bfloat16."""
     out, gradients = whole
     policy = grpo.load_policy(grpo.resolve(settings(out, **WHOLE)))
     theta = [x.clone() for x in policy.masters.values()]
@@ -775,8 +786,8 @@ def measure(policy, batch, config, levels=None):
 
 @pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
 def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
-    """Of every half: its gradient, Fisher trace, and curvature within 1% of a Hessian-vector product
-    by double backward in float64. The error logged for float32 is of the size of the true one."""
+    """Of every half: its gradient, Fisher trace, and curvature within 1% of a Hessian-vector
+    product by double backward in float64. The float32 error logged is of the true one's size."""
     changes = dict(group=8, prompts=5, lora=lora, dtype=dtype, curvature=True)
     config = grpo.resolve(settings("-", **changes))
     policy = grpo.load_policy(config)
