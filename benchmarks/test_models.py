@@ -77,6 +77,7 @@ FAMILIES = {  # what a configuration has beyond SIZES
     "glm4": HEAD,
     "glm4_moe": ROUTED | HEAD,
     "gpt2": {},
+    "gpt_neo": dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4),
     "gpt_neox": {},
     "gpt_oss": EXPERTS | LOCAL | HEAD,
     "gptj": dict(rotary_dim=4),
