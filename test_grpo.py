@@ -386,6 +386,19 @@ def test_encode_prompts_runs_each_once_and_the_output_layer_reads_no_strided_vie
     assert all(x.stride() == torch.empty(x.shape).stride() for x in seen)
 
 
+def test_pad_prompts_and_extend_count_positions_from_a_prompts_beginning():
+    """Of prompts that end side by side, and may contain token 0."""
+    tokens, mask = grpo.pad_prompts([[5, 0, 7], [9]], "cpu")
+    assert tokens.tolist() == [[5, 0, 7], [0, 0, 9]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    called = {}
+    policy = make_policy(make_model("llama"))
+    policy.model = lambda tokens, **named: called.update(named)
+    policy.cache_argument = "past"
+    grpo.extend(policy, tokens[:, 1:], mask, "cache")
+    assert called.pop("position_ids").tolist() == [[1, 2], [0, 0]]
+    assert called == {"attention_mask": mask, "past": "cache", "use_cache": True}
+
+
 def test_score_gives_each_completion_its_own_prompts_answer():
     """Rewards of texts without special tokens and without what comes after the end."""
     tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)  # "0" is token 18, the end token 0
@@ -615,8 +628,8 @@ RUNS = [
 
 @pytest.mark.parametrize("changes", RUNS)
 def test_train_is_the_naive_run(changes, tmp_path):
-    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL, with
-    adapters."""
+    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL (by
+    with_parameters), with adapters; what `finish` returns is in the log."""
     changes = BRIEF | dict(optimizer="sgd", lr=0.3) | changes
     if "model" in changes:
         changes["model"] = str(tmp_path / "start")
@@ -666,7 +679,7 @@ def whole(tmp_path_factory):
     return out, gradients
 
 
-def test_train_takes_the_steps_of_torchs_adamw_on_float32_masters(whole):
+def test_make_optimizer_takes_the_steps_of_torchs_adamw_on_float32_masters(whole):
     """No weight decay, a rate that rises for ten steps; the model has them in bfloat16."""
     out, gradients = whole
     policy = grpo.load_policy(grpo.resolve(settings(out, **WHOLE)))
@@ -752,7 +765,7 @@ def test_train_skips_steps_that_are_not_finite_and_ends_after_five_in_a_row(tmp_
 
 
 def test_start_run_takes_one_thread_for_a_small_model_and_gives_the_others_back(monkeypatch):
-    """Unless OMP_NUM_THREADS says how many; also after an error."""
+    """Unless OMP_NUM_THREADS says how many; also after an error. By what prepare_run found."""
     threads = [7]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
@@ -793,8 +806,9 @@ def measure(policy, batch, config, levels=None):
 
 @pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
 def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
-    """Of every half: its gradient, Fisher trace, and curvature within 1% of a Hessian-vector
-    product by double backward in float64. The float32 error logged is of the true one's size."""
+    """Of every half: its gradient, Fisher trace and, from probe_curvature, curvature within 1% of a
+    Hessian-vector product by double backward in float64. The error told in float32 is as large as
+    the true one, within a factor of ten."""
     changes = dict(group=8, prompts=5, lora=lora, dtype=dtype, curvature=True)
     config = grpo.resolve(settings("-", **changes))
     policy = grpo.load_policy(config)
@@ -851,7 +865,7 @@ def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
 
 
 def test_measure_takes_features_levels_and_sketches(tmp_path, monkeypatch):
-    """Hidden states by the naive pass; sketched gradients' cosines are close to the exact ones."""
+    """Hidden states by the naive pass; with sketch_signs, cosines are close to the exact ones."""
     policy = make_policy(make_model("llama"))
     read_by = []
     policy.model.lm_head.register_forward_pre_hook(lambda _, x: read_by.append(x[0]))
@@ -907,8 +921,7 @@ def test_measure_does_not_depend_on_the_advantages(tmp_path, monkeypatch):
 
 
 def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
-    """Four prompts, of which only the first has completions to train on; the policy is never saved
-    by this."""
+    """Four prompts, of which the first alone has completions that are trained on."""
     config = settings(tmp_path, max_grad_norm=2.5, steps=20)
     problems = [Problem("q", "a", level, []) for level in "wxyz"]
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
@@ -923,9 +936,7 @@ def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
     batch.entropy[0, 1] = 2.5
     batch.truncated = lengths == 3
     batch.logprobs = torch.full((4, 2, 3), -1.0) * inside
-    batch.old_logprobs = torch.where(
-        inside, batch.logprobs, -9.0
-    )  # where nothing is, nothing counts
+    batch.old_logprobs = torch.where(inside, batch.logprobs, -9.0)  # beyond the end nothing counts
     batch.old_logprobs[0, 1, 2] = -1.25
     batch.old_logprobs[1:] = math.nan  # not trained on
     active = tensor([[True, True], [False] * 2, [False] * 2, [False] * 2])
@@ -940,10 +951,10 @@ def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
         return json.loads(lines[-1])
 
     line = log()
-    expected = dict(
-        step=7, reward=5.5 / 8, pass_rate=5 / 8, reward_std=1 / 16, frac_all_right=1 / 2
+    expected = dict(step=7, reward=5.5 / 8, pass_rate=5 / 8, reward_std=1 / 16, lr=0.5)
+    expected |= dict(
+        frac_all_right=1 / 2, frac_all_wrong=1 / 4, entropy=(7.5 + 0.5 * 11) / 14, length=14 / 8
     )
-    expected |= dict(frac_all_wrong=1 / 4, entropy=(7.5 + 0.5 * 11) / 14, length=14 / 8, lr=0.5)
     expected |= dict(truncated=1 / 8, grad_norm=2, clipped=True, skipped=0, logprob_gap=0.25)
     expected |= dict(seconds_rollout=1.5, seconds_update=2.0, tokens_per_second=4.0)
     assert line == pytest.approx(expected | measured[0] | evaluation[0])
@@ -954,10 +965,8 @@ def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
     assert [row["level"] for row in rows] == ["y", "w", "z", "y"]
     assert [row["scale"] for row in rows[1:]] == [0, 0, 0] and rows[3]["prompt_grad_norm"] is None
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 7, "question": "é"}\n'
-    shown = capsys.readouterr().out
-    assert shown == (
-        "step     7/20  reward 0.688  σ 0.062  cut off 12%  3.2 min left  held out 0.125\n"
-    )
+    shown = "step     7/20  reward 0.688  σ 0.062  cut off 12%  3.2 min left  held out 0.125\n"
+    assert capsys.readouterr().out == shown
     line = log(norms=[2.0, math.nan], measured=None, evaluation=None)
     assert (line["clipped"], line["skipped"], line["grad_norm"]) == (False, 1, None)
     assert len(read(tmp_path, "samples.jsonl")) == 1 and "cos_mean" not in line
@@ -970,6 +979,7 @@ def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
 
 
 def test_train_leaves_logs_checkpoint_model_and_settings(whole):
+    """That save_checkpoint, as save_or_stop calls it, log_step and finish write."""
     out = whole[0]
     assert {x.name for x in out.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
     metrics = read(out)
@@ -1196,9 +1206,8 @@ def test_share_gather_and_everyone_by_hand(tmp_path, monkeypatch):
         lists[:] = [value] * 3
 
     pretended = dict(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 3)
-    monkeypatch.setattr(
-        grpo, "dist", SimpleNamespace(**pretended, all_gather_object=all_gather_object)
-    )
+    pretended["all_gather_object"] = all_gather_object
+    monkeypatch.setattr(grpo, "dist", SimpleNamespace(**pretended))
     assert grpo.share(7) == range(2, 4) and not grpo.is_first()
     assert grpo.gather([1, 2]) == [1, 2, 1, 2, 1, 2]
     shared = grpo.everyone(tensor([[1.0], [2.0]]))
@@ -1482,10 +1491,8 @@ def test_encode_problems_follows_the_chat_template_token_by_token(template, expe
     policy = SimpleNamespace(tokenizer=tokenizer, model=model)
     config = Config(instruction="say: {question}!", max_new_tokens=6)
     (problem,) = grpo.encode_problems([("e+7=", "1", "e")], policy, config)
-    tokens = [
-        bos if x == "b" else i
-        for x, i in zip(expected, tokenizer.convert_tokens_to_ids([*expected]))
-    ]
+    characters = ["<bos>" if x == "b" else x for x in expected]
+    tokens = tokenizer.convert_tokens_to_ids(characters)
     assert problem == ("e+7=", "1", "e", tokens)
     (plain,) = grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, chat=False))
     assert plain.prompt == [bos, *tokenizer.convert_tokens_to_ids([*"say: e+7=!"])]
@@ -1571,18 +1578,15 @@ def test_main_passes_settings_on_and_notes_a_signal(monkeypatch, capfd):
     monkeypatch.setattr(grpo, "train", train)
     assert command(["--norm=var", "--chat", "false", "--curvature", "--lr=1e-3"]) == 0
     assert command(["--curvature", "false"]) == 0
-    assert trained == [
-        Config(norm="var", chat=False, curvature=True, lr=1e-3),
-        Config(curvature=False),
-    ]
+    assert trained[0] == Config(norm="var", chat=False, curvature=True, lr=1e-3)
+    assert trained[1] == Config(curvature=False)
     former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     assert grpo.main(["--steps=7"]) == 1
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), former):
         signal.signal(number, handler)
     error = capfd.readouterr().err
-    assert (
-        error.endswith("grpo.py: stopped: no space left\n") and "stopping after this step" in error
-    )
+    assert "stopping after this step" in error
+    assert error.endswith("grpo.py: stopped: no space left\n")
 
 
 def test_resolve_fills_in_what_the_task_brings():
@@ -1603,21 +1607,26 @@ def test_resolve_fills_in_what_the_task_brings():
 
 
 def test_resolve_of_a_changed_config_is_what_the_command_line_gives(monkeypatch):
-    """Also of one that was trained with."""
+    """Also of one that was trained with, which stays as it was (test_train_is_the_naive_run)."""
     config = Config()
     commanded = []
     monkeypatch.setattr(grpo, "train", lambda config, stop: commanded.append(grpo.resolve(config)))
-    grpo.resolve(config)
     changes = dict(norm="none", task="gsm8k", seed=3, kl=0.5, model="DIR", lora=8)
     for name, value in changes.items():
         assert command([f"--{name}={value}"]) == 0
         assert grpo.resolve(replace(config, **{name: value})) == commanded[-1]
+
+
+def test_resolve_gives_each_process_the_gpu_of_its_number(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: asked.append(device))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: 1 / (device != "cuda:3"))
-    with pytest.raises(ZeroDivisionError):  # each process has the GPU of its number
-        grpo.resolve(config)
-    monkeypatch.undo()
+    assert grpo.resolve(Config()).device == grpo.resolve(Config(device="cuda")).device == "cuda:3"
+    assert grpo.resolve(Config(device="cpu")).device == "cpu" and asked == ["cuda:3"] * 2 + ["cpu"]
+
+
+def test_resolve_refuses_what_is_out_of_range():
     least = dict(prompts=1, epochs=1, save_every=1, eval_problems=1, max_new_tokens=1, steps=0)
     least |= dict(micro_batch=1, group=2, lora=0, eval_every=0, measure_every=0, clip=0.0, kl=0.0)
     grpo.resolve(Config(device="cpu", **least))
