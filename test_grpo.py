@@ -809,9 +809,10 @@ def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
     """Of every half: its gradient, Fisher trace and, from probe_curvature, curvature within 1% of a
     Hessian-vector product by double backward in float64. The error told in float32 is as large as
     the true one, within a factor of ten."""
-    changes = dict(group=8, prompts=5, lora=lora, dtype=dtype, curvature=True)
-    config = grpo.resolve(settings("-", **changes))
+    changes = dict(group=8, prompts=5, temperature=2.0, micro_batch=24, curvature=True)
+    config = grpo.resolve(settings("-", lora=lora, dtype=dtype, **changes))
     policy = grpo.load_policy(config)
+    policy.eos_ids = [0, 19, 20, 21]  # so that completions are of unlike lengths
     how = dict(dtype=dtype, attn_implementation="eager")
     plain = AutoModelForCausalLM.from_pretrained(LETTERS.model, **how)
     torch.manual_seed(0)
@@ -825,10 +826,11 @@ def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
         return torch.cat([g.flatten() for g in found])
 
     batch = step_batch(policy, 0, config)
+    assert len(set(batch.lengths[:, 4:].flatten().tolist())) > 2  # so micro-batches reorder them
     batch.old_logprobs = batch.logprobs * math.nan  # as after training on other rows
     line, columns, halves = measure(policy, batch, config)
     exact = []
-    naive = naive_logprobs(forward, batch)
+    naive = naive_logprobs(forward, batch, 2.0)
     for i, half in enumerate(halves):
         p, first = divmod(i, 2)
         own = slice(0, 4) if first == 0 else slice(4, 8)
@@ -1200,15 +1202,22 @@ def test_train_with_processes_of_which_one_dies_resumes_with_another_number(tmp_
 
 
 def test_share_gather_and_everyone_by_hand(tmp_path, monkeypatch):
-    """Of the second of three processes, each of which has the same; a lost one is one line."""
+    """Of three processes, each of which has the same; a lost one is one line."""
+    rank = [0]
 
     def all_gather_object(lists, value):
         lists[:] = [value] * 3
 
-    pretended = dict(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 3)
+    pretended = dict(
+        is_initialized=lambda: True, get_rank=lambda: rank[0], get_world_size=lambda: 3
+    )
     pretended["all_gather_object"] = all_gather_object
     monkeypatch.setattr(grpo, "dist", SimpleNamespace(**pretended))
-    assert grpo.share(7) == range(2, 4) and not grpo.is_first()
+    shares = []
+    for rank[0] in range(3):
+        shares.append([*grpo.share(8)])
+        assert grpo.is_first() == (rank[0] == 0)
+    assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
     assert grpo.gather([1, 2]) == [1, 2, 1, 2, 1, 2]
     shared = grpo.everyone(tensor([[1.0], [2.0]]))
     assert shared.tolist() == [[1], [2]] * 3 and shared.dtype == torch.float64

@@ -274,7 +274,7 @@ TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ END }}{% endfor %
 ENDS = [  # what a template puts after an answer, and what of it ends a completion
     ("<|im_end|>\n", ["<|im_end|>"]),
     ("<eos>", ["<eos>"]),
-    ("\nUser:", []),  # plain text
+    ("\nUser:<|im_end|>", []),  # plain text comes first
     ("{{ raise_exception('no') if m.role == 'assistant' }}", []),
 ]
 
