@@ -603,16 +603,17 @@ def measure_half(policy, batch, rows, others, signs, root, precise, config):
     return half
 
 
-def gradient_geometry(first, second, group, levels):
+def gradient_geometry(first, second, group, levels=None):
     """How P prompts' gradients relate to each other, as sampled and with sampling noise removed.
     first, second: [P, D] gradients from the two halves, (group + 1) // 2 and group // 2, of each
     prompt's completions: the half's mean of leave-one-out advantage * grad log pi, zero if all G
-    rewards are equal. levels: [P] of any kind. Returns values, and two columns [P]. As sampled,
-    over pairs of nonzero gradients: the cosine's mean, deviation, and shares above 0 and below 0.1
-    in size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in conflict.
-    signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all, same-level, and
-    cross-level pairs x, y: cos_signal = mean xy / mean (xx + yy)/2, and cos_sq_signal = mean (xy)^2
-    / mean xx yy; over several steps, average each mean before dividing. NaN if there is no pair."""
+    rewards are equal. levels: [P] of any kind, or None. Returns values, and two columns [P]. As
+    sampled, over pairs of nonzero gradients: the cosine's mean, deviation, and shares above 0 and
+    below 0.1 in size. interference = |sum g|^2 / sum |g|^2: 1 if orthogonal, P if equal, below 1 in
+    conflict. signal_share: the part of sum |g|^2 that is not noise. Noise-free, over all pairs x, y
+    and, given levels, same-level and cross-level ones: cos_signal = mean xy / mean (xx + yy)/2, and
+    cos_sq_signal = mean (xy)^2 / mean xx yy; over several steps, average each mean before dividing.
+    NaN if there is no pair."""
     n, m = (group + 1) // 2, group // 2
     AA, AB, BB = first @ first.T, first @ second.T, second @ second.T  # [P, P]
     gram = (n * n * AA + n * m * (AB + AB.T) + m * m * BB) / group**2  # of (n A + m B) / group
@@ -637,9 +638,10 @@ def gradient_geometry(first, second, group, levels):
         "interference": gram.sum() / total,
         "signal_share": unbiased.sum() / total,
     }
-    distinct = ~torch.eye(len(levels), dtype=torch.bool)
-    same_level = torch.tensor([[x == y for y in levels] for x in levels])
-    pairs = {"": distinct, "_within": distinct & same_level, "_between": ~same_level}
+    pairs = {"": ~torch.eye(len(gram), dtype=torch.bool)}
+    if levels is not None:
+        same_level = torch.tensor([[x == y for y in levels] for x in levels])
+        pairs |= {"_within": pairs[""] & same_level, "_between": ~same_level}
     for name, chosen in pairs.items():
         squares = (unbiased[:, None] + unbiased) / 2
         products = halves[:, None] * halves
@@ -962,7 +964,7 @@ def load_policy(config):
                 torch.manual_seed(0)  # the same start for every norm, seed and process
                 model = peft.get_peft_model(model, peft.LoraConfig(**adapters))
     except Exception as error:  # OSError, ValueError, ImportError, SafetensorError, ...
-        raise InputError(f"cannot load model {path}: {error} {OFFLINE}") from error
+        raise InputError(f"cannot load or save model {path}: {error} {OFFLINE}") from error
     model.to(config.device).eval()  # dropout would train another distribution than is sampled
     ends = kept["eos"]  # None, one id, or several
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}

@@ -161,6 +161,8 @@ def test_gradient_geometry():
     expected |= dict(cos_signal=28 / 93.6, cos_sq_signal=3 * 2 / (2 * 11))  # (28/9) / (10.4/9 * 9)
     expected |= dict(cos_signal_between=0, cos_sq_signal_between=math.nan)
     assert values == pytest.approx(expected, nan_ok=True)
+    unknown, _ = gradient_geometry(first, second, 3, None)
+    assert len(unknown) == 9 and unknown == {key: values[key] for key in unknown}
     # Cosines 0, -1, 0; sums (-2, 2). Of two levels: pairs 1-2, 2-3 between, 1-3 within.
     same = tensor([[1.0, 0], [0, 2], [-3, 0]])
     values, _ = gradient_geometry(same, same, 3, [None, "b", None])

@@ -4,11 +4,12 @@ the slow ones too."""
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
+import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,11 +26,11 @@ import experiment  # noqa: E402
 import make_tasks  # noqa: E402
 import neighbours  # noqa: E402
 import warm_start  # noqa: E402
+from test_analyze import slow, write_run  # noqa: E402
 
 import grpo  # noqa: E402
 
 ASSETS = ROOT / "assets"
-slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 
 
 def rows(path):
@@ -113,6 +114,12 @@ def test_the_letters_pass_rates_at_the_start_are_as_stated():
         own = [row["question"][0] == letter for row in problems]
         found = rates[own].mean()
         assert found == pytest.approx(rate**3, abs=0.08)  # 340 samples: up to three standard errors
+
+
+def test_start_rates_are_as_stated():
+    rates = experiment.start_rates(ASSETS / "letters", samples=4)
+    for letter, (*_, rate) in make_tasks.LETTERS.items():
+        assert rates[letter] == pytest.approx(rate**3, abs=0.08)  # as above
 
 
 def test_drawn_letters_differ_in_digits_and_order_and_equal_ones_are_as_hard_on_average():
@@ -267,66 +274,41 @@ def test_vespo_weighs_each_sequence_by_its_ratio():
         torch.testing.assert_close(found, expected.expand(3, 2))
 
 
-@pytest.mark.parametrize("kl, rho", [(0.0, 0.96), (0.006, 2**-0.1), (9.0, 0.875)])
-def test_spo_remembers_each_prompt_and_forgets_as_the_policy_moves(monkeypatch, kl, rho):
-    tracker = neighbours.Tracker()
-    monkeypatch.setattr(tracker, "divergence", lambda group: kl)
-    groups = [SimpleNamespace(prompts=[prompt]) for prompt in ([1, 2], [3])]
-    monkeypatch.setattr(tracker, "groups", lambda: groups)
-    # Less the mean of the others; less 1/3 and 1; less (rho + 1) / (3 rho + 3) and rho / (1 + rho).
-    last = [x - rho / (1 + rho) for x in (0, 1, 0)]
-    for rewards, raw in (
-        ([[1, 0, 0], [1, 1, 1]], [[1, -0.5, -0.5], [0, 0, 0]]),
-        ([[0, 0, 1], [0, 0, 0]], [[-1 / 3, -1 / 3, 2 / 3], [-1, -1, -1]]),
-        ([[1, 1, 0], [0, 1, 0]], [[2 / 3, 2 / 3, -1 / 3], last]),
-    ):
-        A = torch.tensor(raw, dtype=torch.float64)
-        found = tracker.advantages(torch.tensor(rewards, dtype=torch.float64), "std")
-        torch.testing.assert_close(found, (A - A.mean()) / (A.std(correction=0) + 1e-6))
-
-
-def test_spo_measures_how_far_the_policy_has_moved():
-    """k3 a token, exp(d) - d - 1 with d = now - then, of whole sequences without a cache."""
-    config, tracker = grpo.Config(device="cpu", max_new_tokens=6), neighbours.Tracker()
-    policy, T = grpo.load_policy(config), 0.7
-    torch.manual_seed(0)
-    batch = tracker.rollout(policy, [[5, 6, 7, 8], [9, 10]], torch.rand(2, 4, 6), T)
-    for parameter in policy.model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape)
-    policy.limits = (20, 10)  # several micro-batches
-    groups = tracker.groups()
-    assert [group.prompts for group in groups] == [[prompt] for prompt in batch.prompts]
-    for p, group in enumerate(groups):
-        differences = []
-        for g, length in enumerate(batch.lengths[p].tolist()):
-            row, then = (x[p, g, :length] for x in (batch.tokens, batch.logprobs))
-            whole = torch.tensor([[*batch.prompts[p], *row.tolist()]])
-            logits = policy.model(whole).logits[0, -length - 1 : -1] / T
-            differences += (logits.log_softmax(-1)[range(length), row] - then).tolist()
-        d = np.array(differences)
-        assert np.abs(d).mean() > 0.1
-        assert tracker.divergence(group) == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-4)
-
-
 @pytest.mark.parametrize("flags, task", [({}, "letters"), (dict(data="rows.jsonl"), "math")])
-def test_a_neighbours_run_is_named_after_its_task_and_method(flags, task):
-    config = neighbours.Config(method="spo", seed=3, device="cpu", **flags)
-    assert config.task == task and config.out == f"runs/{task}-spo-std-3"
-    assert neighbours.Config(method="spo", device="cpu", out="here", **flags).out == "here"
+def test_neighbours_config_names_a_run_after_task_and_method(flags, task):
+    config = neighbours.Config(method="vespo", seed=3, device="cpu", **flags)
+    resolved = neighbours.resolve(config)
+    assert resolved.task == task and resolved.out == f"runs/{task}-vespo-std-3"
+    assert neighbours.resolve(resolved) == resolved
+    assert neighbours.resolve(replace(config, out="here")).out == "here"
+
+
+def test_neighbours_measure_the_same_policy_gradient(monkeypatch):
+    """With tokens weighed and losses taken by other functions: a batch's first update is made by
+    the policy that sampled it."""
+    config = grpo.resolve(grpo.Config(prompts=3, group=4, curvature=True, device="cpu"))
+    policy = grpo.load_policy(config)
+    problems = grpo.load_problems(config, None, grpo.exact_match)[0][:3]
+    problems = grpo.encode_problems(problems, policy, config)
+    uniforms = grpo.draw(config, grpo.TRAIN, 0, range(3), 4)
+    batch = grpo.rollout(policy, [problem.prompt for problem in problems], uniforms, 1.0)
+    batch.rewards = torch.tensor([[0.0, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.float64)
+    batch.weights = grpo.token_weights(batch.lengths, "sequence")
+    columns = grpo.measure(policy, batch, "abc", config)[1]
+    monkeypatch.setattr(grpo, "policy_loss", neighbours.vespo_loss)
+    batch.weights = neighbours.vl_norm_weights(batch.lengths, "sequence")
+    again = grpo.measure(policy, batch, "abc", config)[1]
+    assert columns["prompt_grad_norm"][0] > 0
+    torch.testing.assert_close(again, columns, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @slow
-@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2", "spo"])
-def test_each_method_runs(method, tmp_path):
-    lines = Path(grpo.TASKS["letters"].train).read_text().splitlines(keepends=True)
-    (tmp_path / "few.jsonl").write_text("".join(lines[:12]))  # each is sampled twice and more
-    flags = f"--task letters --data {tmp_path}/few.jsonl --eval-problems 3 --out {tmp_path}/run"
-    flags += " --prompts 4 --group 4 --steps 8"
+@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2"])
+def test_neighbours_trains_by_each_method(method, tmp_path):
+    flags = f"--eval-problems 3 --out {tmp_path}/run --prompts 4 --group 4 --steps 8"
     command = [sys.executable, neighbours.__file__, *method.split(), *flags.split()]
     subprocess.run(command, check=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"skipped": 0') == 8
-    refused = subprocess.run([*command, "--geometry-every", "1"], capture_output=True, text=True)
-    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
 
 
 # ----------------------------------------- experiment.py ------------------------------------------
@@ -345,36 +327,50 @@ def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
     assert found == pytest.approx([expected / (J * (1 - J))])
 
 
-def write_run(path, norm, seed, rates, later=None):
-    """The logs of 30 steps at constant pass rates by level, which may change at step 20, and of as
-    many held out."""
-    config = dict(norm=norm, seed=seed, prompts=len(rates), group=4, task="letters")
-    by_step = [rates] * 20 + [later or rates] * 10
-    means = [np.mean([*now.values()]) for now in by_step]
-    metrics = [
-        {"step": step, "pass_rate": mean, "reward": mean, "reward_std": 0.1}
-        for step, mean in enumerate(means)
-    ]
-    metrics.append({"step": 30, "eval_reward": means[-1]})
-    prompts = [
-        {"step": step, "level": level, "pass_rate": rate, "reward_std": 0.1}
-        for step, now in enumerate(by_step)
-        for level, rate in now.items()
-    ]
-    (path / "model").mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config))
-    for name, lines in (("metrics", metrics), ("prompts", prompts)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (path / f"{name}.jsonl").write_text(text)
+def write_levels(path, norm, seed, rates, later=None):
+    """The logs of 30 steps at constant pass rates by level, which may change at step 20."""
+    by_level = {
+        level: [rate] * 20 + [(later or rates)[level]] * 10 for level, rate in rates.items()
+    }
+    write_run(path, by_level, norm, seed)
+
+
+def test_fresh_is_the_mean_gap_of_the_stored_pairs():
+    text = (ROOT / "benchmarks" / "results" / "letters-gaps-20-29.json").read_text()
+    gaps = [100 * sum(pair["gap"]) / 250 for pair in json.loads(text).values()]
+    low, high = scipy.stats.t.interval(0.95, 9, np.mean(gaps), scipy.stats.sem(gaps))
+    expected = f"| 10 | {np.mean(gaps):.3g} [{low:.3g}, {high:.3g}] |"
+    assert expected == "| 10 | 1.69 [1.29, 2.1] |"
+    assert expected in experiment.fresh(Path())
+
+
+def test_run_takes_the_archived_runs_as_made(tmp_path, monkeypatch):
+    """An earlier grpo.py made them: its config.json has other settings of what is measured."""
+    monkeypatch.chdir(tmp_path)
+    with tarfile.open(ROOT / "benchmarks" / "results" / "pretrained-logs.tar.xz") as archive:
+        archive.extractall("runs/experiment", filter="data")
+    monkeypatch.setattr(
+        experiment,
+        "pretrained_start",
+        lambda given, shared: given.out / "tasks" / f"SmolLM2-135M-Instruct-{shared}-of-3",
+    )
+    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10))
+    plan = dict(experiment.pretrained(given))
+    for path, flags in plan.items():
+        path = given.out / "pretrained" / path
+        assert experiment.run(path, flags, 1) == f"{path}: there already"
+    changed = experiment.run(path, flags | dict(lr=1e-3, chat=True), 1)
+    assert changed == f"{path}: there already, but made with another lr, chat: remove it"
+    assert len(plan) == len([*given.out.glob("pretrained/*/*/model")]) == 56
 
 
 def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
     for study in ("letters", "arith"):
         for seed, lead in enumerate((0.06, 0.09, 0.12)):  # on one level of three
             rates = dict(a=0.2, b=0.5, c=0.8)
-            write_run(tmp_path / study / "default" / f"none-{seed}", "none", seed, rates)
+            write_levels(tmp_path / study / "default" / f"none-{seed}", "none", seed, rates)
             more = rates | dict(a=0.2 + lead)
-            write_run(tmp_path / study / "default" / f"std-{seed}", "std", seed, more)
+            write_levels(tmp_path / study / "default" / f"std-{seed}", "std", seed, more)
     low, high = 3 + scipy.stats.t.ppf([0.025, 0.975], 2) / 3**0.5  # of 2, 3 and 4 points
     gap, both = f"3 [{low:.3g}, {high:.3g}]", experiment.embedded(tmp_path)
     assert f"| 0 to 30 | {gap} | {gap} |" in both
@@ -400,12 +396,12 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
                 {level: rate + more for level, rate in now.items()}
                 for now, more in zip((rates, after), leads)
             )
-            write_run(folder / f"none-{seed}", "none", seed, rates, after)
-            write_run(folder / f"std-{seed}", "std", seed, early, late)
+            write_levels(folder / f"none-{seed}", "none", seed, rates, after)
+            write_levels(folder / f"std-{seed}", "std", seed, early, late)
         third = {level: rate + lead / 3 for level, rate in rates.items()}
         path = tmp_path / "pretrained" / "letters-batch" / f"batch-{seed}"
-        write_run(path, "batch", seed, rates, third)
-    write_run(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
+        write_levels(path, "batch", seed, rates, third)
+    write_levels(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
     (tmp_path / "pretrained" / "letters-lora" / "none-0").mkdir(parents=True)  # only begun
     lines = experiment.carried(tmp_path).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
@@ -428,8 +424,8 @@ def test_thirds_of_runs_that_part_in_the_last_one(tmp_path):
     rates, half = dict(a=0.25, b=0.75), scipy.stats.t.ppf(0.975, 2) / 3**0.5
     for seed in range(3):  # ahead by 1, 2 and 3 points
         later = {level: rate + 0.01 * (seed + 1) for level, rate in rates.items()}
-        write_run(tmp_path / "model" / "Some" / f"none-{seed}", "none", seed, rates)
-        write_run(tmp_path / "model" / "Some" / f"std-{seed}", "std", seed, rates, later)
+        write_levels(tmp_path / "model" / "Some" / f"none-{seed}", "none", seed, rates)
+        write_levels(tmp_path / "model" / "Some" / f"std-{seed}", "std", seed, rates, later)
     gap, alike = f"2 [{2 - half:.3g}, {2 + half:.3g}]", "0 [0, 0]"
     lines = experiment.thirds(tmp_path).splitlines()
     assert lines[0] == "|  | 0 to 10 | 10 to 20 | 20 to 30 |"
@@ -444,7 +440,7 @@ def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
         lead = 0.06 + 0.03 * n if cell == "separate-unequal" else 0.03  # on one level of three
         for norm, more in (("none", 0), ("std", lead), ("batch", 0.015 + 0.015 * n)):
             rates = start | dict(a=0.2 + more)
-            write_run(tmp_path / "drawn" / cell / f"{n}" / f"{norm}-0", norm, 0, rates)
+            write_levels(tmp_path / "drawn" / cell / f"{n}" / f"{norm}-0", norm, 0, rates)
     rows = [line.split(" | ") for line in experiment.contrast(tmp_path).splitlines()[2:]]
     found = {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in rows}
     half = scipy.stats.t.ppf(0.975, 2) / 3**0.5  # of 2, 3 and 4 points over three tasks

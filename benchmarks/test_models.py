@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 import grpo  # noqa: E402
 import test_grpo  # noqa: E402
 from grpo import Config, InputError, Problem  # noqa: E402
-from test_grpo import (  # noqa: E402  # noqa: E402
+from test_grpo import (  # noqa: E402
     LETTERS,
     PROMPTS,
     flat,
@@ -305,6 +305,6 @@ def test_load_policy_executes_no_code_of_a_model(tmp_path):
     (pickled / "model.safetensors").unlink()
     (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
     for path in (foreign, pickled):
-        with pytest.raises(InputError, match="cannot load model"):
+        with pytest.raises(InputError, match="cannot load or save model"):
             run(tmp_path / "run", model=str(path))
     assert not mark.exists() and not (tmp_path / "run").exists()

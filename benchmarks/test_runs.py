@@ -15,7 +15,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import grpo  # noqa: E402
-from test_grpo import (  # noqa: E402  # noqa: E402
+from test_grpo import (  # noqa: E402
     SHARED_OUT,
     assert_like,
     assert_same_run,

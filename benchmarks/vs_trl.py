@@ -7,7 +7,7 @@
     python benchmarks/vs_trl.py MODEL PROBLEMS.jsonl --growth     # ours alone, to 4 times P, G, T
 
 In the reported results MODEL is HuggingFaceTB/SmolLM2-135M-Instruct. With --measured there is a
-line for this program with geometry and probe in every step, too.
+line for this program with everything measured in every step, too.
 
 Both sides: P prompts x G completions of at most T tokens at temperature 1, AdamW, no KL term, one
 update a batch; the median of --steps steps after one that warms up; each side in a process of its
@@ -38,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-LABELS = {"ours": "grpo.py", "measured": "grpo.py, geometry and probe every step", "trl": "TRL"}
+LABELS = {"ours": "grpo.py", "measured": "grpo.py, measured every step", "trl": "TRL"}
 
 
 def reward(completion: str, answer: str) -> float:
@@ -46,12 +46,12 @@ def reward(completion: str, answer: str) -> float:
     return zlib.crc32(completion.encode()) / 2**32
 
 
-def our_settings(args: argparse.Namespace, out: str = "") -> Any:
+def our_settings(args: argparse.Namespace, out: str | None = None) -> Any:
     """A grpo.Config for one more step than are timed."""
     import grpo
 
-    every = int(args.side == "measured")
-    return grpo.Config(
+    measured = args.side == "measured"
+    config = grpo.Config(
         task="letters",  # what it would choose is given here, or as the reward
         model=args.model,
         data=args.data,
@@ -62,12 +62,13 @@ def our_settings(args: argparse.Namespace, out: str = "") -> Any:
         steps=args.steps + 1,
         lr=1e-6,
         dtype=args.dtype,
-        geometry_every=every,
-        probe_every=every,
+        measure_every=int(measured),
+        curvature=measured,
         eval_every=0,
         eval_problems=1,
         out=out,
     )
+    return grpo.resolve(config)
 
 
 def run_ours(args: argparse.Namespace) -> list[float]:
@@ -108,7 +109,7 @@ def run_trl(args: argparse.Namespace) -> list[float]:
     problems, _ = grpo.load_problems(settings, None, reward)
     texts: list[str] = []  # the prompts of our steps
     for step in range(args.steps + 1):
-        texts += [problems[row][0] for row in grpo.prompt_rows(step, settings, len(problems))]
+        texts += [problems[i][0] for i in grpo.prompt_ids(step, settings, len(problems))]
     prompts = [[{"role": "user", "content": text}] if chat else text for text in texts]
     rows = Dataset.from_dict({"prompt": prompts})
     batch, clock = args.prompts * args.group, Clock()

@@ -1,0 +1,32 @@
+"""Run the quick tests; exit status 1 if they take over 20 times the processor time of `import
+torch`, child processes included. Machines differ in speed, less so in this ratio."""
+
+import resource
+import statistics
+import subprocess
+import sys
+
+AIM = 13
+LIMIT = 20
+
+
+def processor_seconds(*arguments):
+    """Processor time of Python with these arguments and of its children; exits if that fails."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *arguments])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+processor_seconds("-c", "import torch")  # the first time Python may have to compile it
+imports = [processor_seconds("-c", "import torch") for _ in range(3)]
+tests = processor_seconds("-m", "pytest", "-q", "-p", "no:cacheprovider", *sys.argv[1:])
+ratio = tests / statistics.median(imports)
+print(
+    f"quick tests: {tests:.0f} s of processor time, {ratio:.1f} times that of `import torch` "
+    f"(aim {AIM}, at most {LIMIT})"
+)
+if ratio > LIMIT:
+    sys.exit(1)
