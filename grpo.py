@@ -1078,7 +1078,7 @@ def plain_logprobs(policy, batch, temperature):
         sequence = torch.cat([prompt, tokens])[None]
         logits = policy.model(sequence, use_cache=False, logits_to_keep=T + 1).logits[0, :-1]
         found.append(token_logprobs(logits, tokens, temperature))
-    return torch.stack(found).view_as(batch.logprobs).cpu()
+    return torch.stack(found).cpu().view_as(batch.logprobs)
 
 
 # ------------------------------ Answers: rewards that check them ----------------------------------

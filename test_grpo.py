@@ -1,515 +1,611 @@
 """Tests of grpo.py. `pytest` runs the quick ones, `GRPO_SLOW=1 pytest` all of them.
 
+Those "to copy" go with the functions that are there to be copied, and need only torch and pytest.
 Every expected value is worked out by hand, by another library, or by the naive computation that the
-code avoids.
+code avoids. Many kinds of model are in benchmarks/test_models.py, long runs in test_runs.py there.
 """
+# ruff: noqa: E402
 
+import math
+
+import pytest
+import torch
+from torch import tensor
+
+from grpo import (
+    advantage_scale,
+    count_sketch,
+    directional_curvature,
+    gradient_geometry,
+    group_advantages,
+    k3_divergence,
+    pair_cosines,
+    policy_loss,
+    sample_tokens,
+    square,
+    token_logprobs,
+    token_weights,
+)
+
+# ------------------------------------------- to copy ----------------------------------------------
+
+
+def test_group_advantages():
+    # Means 1/5 and 6/5; deviations 2/5, variances 4/25. As integers, too.
+    rewards = tensor([[1, 0, 0, 0, 0], [2, 1, 1, 1, 1]])
+    shape = tensor([[0.8, -0.2, -0.2, -0.2, -0.2]] * 2)
+    for norm, eps, scale in (("none", 0.1, 1), ("std", 0.1, 2), ("var", 0.04, 5)):
+        assert torch.allclose(group_advantages(rewards, norm, eps), shape * scale)
+    default = group_advantages(tensor([[1.0, 0.0]], dtype=torch.float64), "std")
+    assert default[0, 0].item() == pytest.approx(0.5 / 0.500001, rel=1e-9)
+    # All rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1.
+    advantages = group_advantages(tensor([[True, False], [True, True]]), "batch", 0.0)
+    assert torch.allclose(advantages, tensor([[2 / 3**0.5, -2 / 3**0.5], [0, 0]]))
+
+
+def test_advantage_scale():
+    rewards = tensor([[3.0, 1.0], [0.1, 0.1]], dtype=torch.float64)  # deviations 1 and 0
+    assert advantage_scale(rewards, "std", 0.25).tolist() == [[0.8], [0]]
+    assert advantage_scale(rewards, "none").tolist() == [[1], [0]]
+    assert advantage_scale(rewards, "var")[0].item() == pytest.approx(1 / 1.000001, rel=1e-9)
+    assert advantage_scale(tensor([[5, 1]]), "var", 0.0).tolist() == [[0.25]]
+    assert advantage_scale(tensor([[5, 1]]), "batch", 2.0).tolist() == [[0.25]]
+    # Equal rewards: exactly 0, though by rounding the deviation of these is 1e-8.
+    for norm in ("std", "var", "batch"):
+        assert advantage_scale(tensor([[0.1] * 12] * 2), norm, 0.0).tolist() == [[0], [0]]
+
+
+def test_token_weights():
+    lengths = tensor([[1, 3], [4, 2]])
+    assert token_weights(lengths, "sequence").tolist() == [[1 / 4, 1 / 4], [1 / 4, 1 / 4]]
+    assert token_weights(lengths, "mean").tolist() == [
+        pytest.approx([1 / 4, 1 / 12]), pytest.approx([1 / 16, 1 / 8])
+    ]  # fmt: skip
+    assert torch.allclose(token_weights(lengths, "token"), torch.full((2, 2), 1 / 10))
+
+
+def test_policy_loss():
+    # Ratio 2: A = 1 is clipped to 1.2, A = -1 is not. Ratio 1/2: A = 1 is not clipped, and has
+    # twice the weight; A = -1 is clipped to 0.8.
+    old = tensor([-1.0, -2.0, -3.0, -4.0])
+    logprobs = old + tensor([2, 2, 0.5, 0.5]).log()
+    A = tensor([1.0, -1.0, 1.0, -1.0])
+    loss = policy_loss(logprobs, old, A, tensor([1.0, 1.0, 2.0, 1.0]), 0.2)
+    assert loss.item() == pytest.approx(-(1.2 - 2 + 2 * 0.5 - 0.8))
+
+
+def test_k3_divergence():
+    # Ratios to what was sampled from, and to the reference, of 1, 2, 1/2: times 1/ratio - 1 + ln.
+    logprobs = tensor([1, 2, 0.5]).log()
+    expected = [0, 2 * (math.log(2) - 0.5), (1 - math.log(2)) / 2]
+    found = k3_divergence(logprobs, tensor([0.0] * 3), tensor([0.0] * 3))
+    assert found.tolist() == pytest.approx(expected, abs=1e-7)
+    # Over the tokens sampled from `old`, its mean gradient is that of sum p (ln p - ln reference).
+    logits = tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    logprobs = logits.log_softmax(0)
+    old = tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    reference = tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    estimate = (old * k3_divergence(logprobs, old.log(), reference)).sum()
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    (found,) = torch.autograd.grad(estimate, logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(divergence, logits)
+    assert torch.allclose(found, expected)
+
+
+def test_sample_tokens():
+    # Probabilities 1/4 and 3/4; at temperature 1/2, 1/10 and 9/10. Entropy ln 4 - 3/4 ln 3.
+    logits = tensor([[1.0, 3.0], [1.0, 3.0]]).log()
+    tokens, logprobs, entropy = sample_tokens(logits, tensor([0.24, 0.26]), 1.0)
+    assert tokens.tolist() == [0, 1]
+    assert logprobs.tolist() == pytest.approx([math.log(1 / 4), math.log(3 / 4)])
+    assert entropy.tolist() == pytest.approx([math.log(4) - 0.75 * math.log(3)] * 2)
+    tokens, logprobs, _ = sample_tokens(logits, tensor([0.09, 0.11]), 0.5)
+    assert tokens.tolist() == [0, 1]
+    assert logprobs.tolist() == pytest.approx([math.log(0.1), math.log(0.9)])
+    greedy = sample_tokens(logits[:1], tensor([0.0]), 0.0)
+    expected = 1, math.log(3 / 4), math.log(4) - 0.75 * math.log(3)
+    assert [x.item() for x in greedy] == pytest.approx(expected)
+    # The ends of the unit interval: what has probability 0 is not drawn, however sums are rounded.
+    logits = tensor([[0, 1.0, 1, 0]] * 2).log()
+    tokens, _, entropy = sample_tokens(logits, tensor([0, 1 - 2**-24]), 1.0)
+    assert tokens.tolist() == [1, 2] and entropy.tolist() == pytest.approx([math.log(2)] * 2)
+    for n in range(2, 300):
+        logits = torch.cat([torch.zeros(1, n), tensor([[-math.inf]])], dim=1)
+        assert sample_tokens(logits, tensor([1 - 2**-24]), 1.0)[0] < n
+    _, logprob, _ = sample_tokens(tensor([[0.0, 1.0]]).bfloat16(), tensor([0.0]), 1.0)
+    assert logprob.item() == pytest.approx(-math.log(1 + math.e), rel=1e-6)  # in float32
+
+
+def test_token_logprobs():
+    # Logits 0 and ln 3: probabilities 1/4 and 3/4, at temperature 1/2 1/10 and 9/10.
+    logits = tensor([[1.0, 3.0], [1.0, 3.0]]).log()
+    found = token_logprobs(logits, tensor([1, 0]), 1.0)
+    assert found.tolist() == pytest.approx([math.log(3 / 4), math.log(1 / 4)])
+    found = token_logprobs(logits, tensor([1, 0]), 0.5)
+    assert found.tolist() == pytest.approx([math.log(9 / 10), math.log(1 / 10)])
+    assert logits[0, 1].item() == pytest.approx(math.log(3))  # as before
+    for dtype, close in ((torch.bfloat16, 1e-6), (torch.float64, 1e-14)):
+        found = token_logprobs(tensor([[0.0, 1.0]]).to(dtype), tensor([0]), 1.0)
+        assert found.item() == pytest.approx(-math.log(1 + math.e), rel=close)
+
+
+def test_count_sketch():
+    # Entries 0, 3 and 6 of both tensors together; 1, 4 and 7; 2 and 5.
+    signs = tensor([1, -1, 1, 1, 1, -1, 1, -1])
+    sketch = count_sketch([tensor([[1.0, 2], [3, 4]]), tensor([5.0, 6, 7, 8])], signs, 3)
+    assert sketch.tolist() == [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
+
+
+def test_pair_cosines():
+    # Vectors of length 1, 5, 0, 1: the pairs of the three others.
+    gram = tensor([[1.0, 3, 0, 0], [3, 25, 0, 4], [0, 0, 0, 0], [0, 4, 0, 1]])
+    assert pair_cosines(gram).tolist() == pytest.approx([3 / 5, 0, 4 / 5])
+
+
+def test_square():
+    assert square([tensor([3.0, 4.0]), tensor([[12.0]])]) == pytest.approx(9 + 16 + 144)
+    assert square([tensor([1e30])]) == pytest.approx(1e60, rel=1e-6)  # beyond float32
+
+
+def test_gradient_geometry():
+    # Of 3 completions 2 are in the first half: x = (4, 0) / 3, y = (7, 10) / 3, z = 0; xx = 16/9,
+    # yy = 149/9, xy = 28/9. The halves' products are 2 and 11, of which 4/5 are |g|^2: 1.6, 8.8.
+    first = tensor([[1.0, 0], [3, 4], [0, 0]])
+    second = tensor([[2.0, 0], [1, 2], [0, 0]])
+    values, columns = gradient_geometry(first, second, 3, ["a", "a", "b"])
+    assert columns["prompt_grad_norm"].tolist() == pytest.approx([4 / 3, 149**0.5 / 3, 0])
+    assert columns["grad_sq_signal"].tolist() == pytest.approx([1.6, 8.8, 0])
+    expected = dict(n_gradients=2, cos_mean=7 / 149**0.5, cos_std=0, cos_positive=1, cos_small=0)
+    expected |= dict(interference=221 / 165, signal_share=93.6 / 165)  # |x + y|^2 = 221/9
+    expected |= dict(cos_signal_within=28 / 46.8, cos_sq_signal_within=3 * 2 / (2 * 11))
+    expected |= dict(cos_signal=28 / 93.6, cos_sq_signal=3 * 2 / (2 * 11))  # (28/9) / (10.4/9 * 9)
+    expected |= dict(cos_signal_between=0, cos_sq_signal_between=math.nan)
+    assert values == pytest.approx(expected, nan_ok=True)
+    unknown, _ = gradient_geometry(first, second, 3, None)
+    assert len(unknown) == 9 and unknown == {key: values[key] for key in unknown}
+    # Cosines 0, -1, 0; sums (-2, 2). Of two levels: pairs 1-2, 2-3 between, 1-3 within.
+    same = tensor([[1.0, 0], [0, 2], [-3, 0]])
+    values, _ = gradient_geometry(same, same, 3, [None, "b", None])
+    expected = dict(n_gradients=3, cos_mean=-1 / 3, cos_std=2**0.5 / 3, cos_positive=0)
+    expected |= dict(cos_small=2 / 3, interference=8 / 14, signal_share=4 / 5)
+    expected |= dict(cos_signal=-15 / 56, cos_sq_signal=9 / 49, cos_signal_within=-3 / 4)
+    expected |= dict(cos_sq_signal_within=1, cos_signal_between=0, cos_sq_signal_between=0)
+    assert values == pytest.approx(expected)
+    values, _ = gradient_geometry(same[:1], same[:1], 3, ["a"])
+    assert values.pop("n_gradients") == 1 and all(math.isnan(x) for x in values.values())
+
+
+def test_directional_curvature():
+    # log pi = start + c t + d t^2 / 2 along a unit vector: the mean of A (c^2 + d).
+    c = tensor([1.0, -2.0, 3.0] * 4)
+    d = tensor([0.5, 0.0, -4.0] * 4)
+
+    def probe(slope, dtype=torch.float32, A=(1.0, 2.0, -0.5), v=5.0, start=-1.0):
+        weight = {"a": torch.zeros(2, dtype=dtype)}
+        return directional_curvature(
+            lambda x: start + c * x["a"][0] + d * x["a"][0] ** 2 / 2,
+            weight, {"a": tensor([v, 0.0])}, tensor(A * 4), slope,
+        )  # fmt: skip
+
+    for slope in (1e-3, 1.0, 1e3):  # however wrong the guess
+        for dtype in (torch.float32, torch.float64):
+            assert probe(slope, dtype)[0] == pytest.approx((1.5 + 8 - 2.5) / 3, rel=0.01)
+    # The error: deviation of A, times sqrt(6 / 12) roundings of 5 * 2^-23 * (1 + 1), over t^2.
+    error = (5.25 / 3) ** 0.5 * 0.5**0.5 * 10 * 2**-23 / (0.03 / 2) ** 2
+    assert probe(2.0)[1] == pytest.approx(error, rel=1e-6)
+    assert probe(1.0, A=(0.0, 0.0, 0.0)) == (0, 0)
+    # No direction; too long for float32, where steps of 0.1 nats are lost, or nearly; no change.
+    right = (14 / 3) ** 0.5  # the slope of log pi, root mean square
+    assert not any(math.isnan(x) for x in probe(right, start=-2000.0))
+    for found in (probe(1.0, v=0.0), probe(right, start=-2800.0), probe(1.0, start=math.nan)):
+        assert all(math.isnan(x) for x in found)
+
+
+# ----------------------- rollout and gradient against the naive pass ------------------------------
+
+import functools
 import inspect
 import itertools
 import json
-import math
-import multiprocessing.forkserver
 import os
-import pickle
 import re
 import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import zlib
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
 import pandas as pd
-import pytest
-import torch
 import transformers
 from datasets import Dataset
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from scipy import stats
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 import grpo
-from grpo import Batch, Config, InputError, Policy, RunError
+from benchmarks.pretend_cuda import Pretence
+from grpo import Config, InputError, Policy, Problem, RunError
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more only cost here
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 LETTERS = grpo.TASKS["letters"]
-
-# --------------------------------------- models and groups ----------------------------------------
-
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
-SIZES |= dict(bos_token_id=0, eos_token_id=1, pad_token_id=0)
-SHARED = SIZES | dict(intermediate_size=64, num_key_value_heads=2)  # two query heads for a key head
-WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, query_pre_attn_scalar=8, sliding_window=4)
-GRANITE = SHARED | dict(logits_scaling=3.0, attention_multiplier=0.2)
-NEO = SIZES | dict(num_layers=2, attention_types=[[["local"], 2]], window_size=4)
-# Absolute positions; rotary ones; scaled or capped logits; experts; windows shorter than a prompt.
-MODELS = {
-    "gpt2": (transformers.GPT2Config, SIZES),
-    "opt": (transformers.OPTConfig, SIZES | dict(ffn_dim=64, word_embed_proj_dim=32)),
-    "llama": (transformers.LlamaConfig, SHARED),
-    "mixtral": (transformers.MixtralConfig, SHARED | dict(num_local_experts=4)),
-    "granite": (transformers.GraniteConfig, GRANITE),
-    "cohere": (transformers.CohereConfig, SHARED | dict(logit_scale=0.3)),
-    "gemma2": (transformers.Gemma2Config, SHARED | WINDOW),
-    "gpt-neo": (transformers.GPTNeoConfig, NEO),
-    "mamba": (transformers.MambaConfig, SIZES),  # no keys and values: cannot be used
+SHARED = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, pad_token_id=0)
+SHARED |= dict(num_attention_heads=4, num_key_value_heads=2)  # two query heads for a key head
+SHARED |= dict(max_position_embeddings=64, bos_token_id=0, eos_token_id=1)
+MODELS = {  # absolute positions; rotary ones; capped logits, and windows shorter than a prompt
+    "gpt2": transformers.GPT2LMHeadModel,
+    "llama": transformers.LlamaForCausalLM,
+    "gemma2": transformers.Gemma2ForCausalLM,
 }
-PROMPTS = [[5, 6, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
+WINDOW = dict(final_logit_softcapping=2.0, head_dim=8, sliding_window=4)  # for gemma2
+PROMPTS = [[5, 0, 7, 8, 9], [3, 4], [11, 12, 13], [17]]
 
 
-def make_model(kind: str, vocab_size: int = 23, attention: str = ""):
+def make_model(kind, vocab_size=23):
     """A random transformer, far from uniform: distributions with a shape, positions that matter."""
     torch.manual_seed(0)
-    config, sizes = MODELS[kind]
-    model = AutoModelForCausalLM.from_config(config(vocab_size=vocab_size, **sizes)).eval()
+    sizes = SHARED | WINDOW if kind == "gemma2" else SHARED
+    config = MODELS[kind].config_class(vocab_size=vocab_size, **sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
         parameter.data.mul_(4.0 if parameter.ndim > 1 else 1.0)
-    if attention:
-        model.set_attn_implementation(attention)
     return model
 
 
-def save_model(kind: str, path: Path) -> str:
-    make_model(kind, 98).save_pretrained(path)
-    AutoTokenizer.from_pretrained(LETTERS.model).save_pretrained(path)
-    return str(path)
-
-
-def make_policy(model, ends=(1,), limits=(4096, 4096)) -> Policy:
+def make_policy(model, ends=(1,), limits=(4096, 4096)):
     masters = dict(model.named_parameters())
     return Policy(model, None, list(ends), masters, masters, limits)
 
 
-def uniforms(P: int, G: int, T: int) -> torch.Tensor:
+def uniforms(P, G, T):
     return torch.rand(P, G, T, generator=torch.Generator().manual_seed(0))
 
 
-def with_advantages(batch: Batch, norm: str, agg: str) -> Batch:
-    scale = grpo.advantage_scale(batch.rewards, norm)[:, 0]
-    batch.advantages, batch.scale = grpo.group_advantages(batch.rewards, norm), scale
-    batch.weights = grpo.token_weights(batch.lengths, agg)
-    batch.old_logprobs = torch.full_like(batch.logprobs, math.nan)
+def with_advantages(batch, norm, agg):
+    batch.advantages = group_advantages(batch.rewards, norm)
+    batch.weights = token_weights(batch.lengths, agg)
     return batch
 
 
-def sample_batch(policy: Policy, agg: str = "sequence") -> Batch:
+def sample_batch(policy, agg="sequence"):
     """Five completions of each of PROMPTS with random rewards, one group without variance."""
     batch = grpo.rollout(policy, PROMPTS, uniforms(4, 5, 9), 1.0)
-    batch.rewards = (torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5).double()
+    batch.rewards = (uniforms(4, 5, 1)[..., 0] < 0.5).double()
     batch.rewards[1] = 1.0
     return with_advantages(batch, "std", agg)
 
 
-def naive_logprobs(forward, batch: Batch, temperature: float = 1.0) -> list[list[torch.Tensor]]:
+def naive_logprobs(forward, batch, temperature=1.0):
     """Of every completion's tokens [P][G]: whole sequences, no cache, no batch, no padding."""
     found = []
     for prompt, rows, lengths in zip(batch.prompts, batch.tokens, batch.lengths.tolist()):
         found.append([])
         for row, length in zip(rows, lengths):
-            ids = torch.cat([torch.tensor(prompt), row[:length]])
+            ids = torch.cat([tensor(prompt), row[:length]])
             logits = forward(ids[None], use_cache=False).logits[0, -length - 1 : -1] / temperature
             found[-1].append(torch.log_softmax(logits, -1)[range(length), ids[-length:]])
     return found
 
 
-def naive_loss(now, old, reference, batch: Batch, agg: str, clip: float = 0.2, kl: float = 0.0):
+def naive_loss(now, old, reference, batch, agg, clip=0.2, kl=0.0):
     """The loss written out by completion, from three policies' log-probabilities [P][G]."""
-    (P, G), loss, total = batch.lengths.shape, 0.0, int(batch.lengths.sum())
+    P, G = batch.lengths.shape
+    loss = 0.0
     for p, g in itertools.product(range(P), range(G)):
-        ratio, A = (now[p][g] - old[p][g].detach()).exp(), float(batch.advantages[p, g])
+        ratio = (now[p][g] - old[p][g].detach()).exp()
+        A = float(batch.advantages[p, g])
         terms = -torch.min(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
         d = reference[p][g].detach() - now[p][g]
         terms = terms + kl * ratio * (d.exp() - d - 1)
-        weight = {"sequence": 1 / (P * G), "mean": 1 / (P * G * len(d)), "token": 1 / total}[agg]
-        loss += weight * terms.sum()
+        divisor = {"sequence": P * G, "mean": P * G * len(d), "token": int(batch.lengths.sum())}
+        loss += terms.sum() / divisor[agg]
     return loss
 
 
-def flat(tensors) -> torch.Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+def flat(tensors):
+    return torch.cat([x.detach().flatten() for x in tensors])
 
 
-def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+def relative_error(a, b):
     return float((a - b).norm() / b.norm())
 
 
-def naive_forward(model, theta: dict[str, torch.Tensor]):
-    """The plain model's forward at trained weights theta, adapters merged into what they adapt."""
-    weights = {name: value for name, value in theta.items() if "lora" not in name}
-    for name in (name for name in theta if "lora_B" in name):
-        target = name.removeprefix("base_model.model.").replace("lora_B.default.", "")
-        change = 2 * theta[name] @ theta[name.replace("lora_B", "lora_A")]  # alpha over rank is 2
-        transposed = isinstance(model.get_submodule(target.removesuffix(".weight")), Conv1D)
-        weights[target] = model.get_parameter(target) + (change.T if transposed else change)
-    return lambda *args, **named: torch.func.functional_call(model, weights, args, named)
+@pytest.mark.parametrize(("kind", "temperature"), [("gpt2", 0.7), ("llama", 0.7), ("gemma2", 1.0)])
+def test_rollout_is_the_naive_pass(kind, temperature):
+    """Tokens, log-probabilities and entropies of prompts of unlike length, and of completions that
+    end at different times; each has its own random numbers alone, whatever generate would do."""
+    model = make_model(kind)
+    model.generation_config.update(top_k=1, temperature=9.0, repetition_penalty=5.0)
+    ends = [1, 4, 9]
+    policy = make_policy(model, ends)
+    u = uniforms(4, 6, 10)
+    batch = grpo.rollout(policy, PROMPTS, u, temperature)
+    assert len(set(batch.lengths.flatten().tolist())) > 3 and batch.truncated.any()
+    for (p, prompt), g in itertools.product(enumerate(PROMPTS), range(6)):
+        length = int(batch.lengths[p, g])
+        row = batch.tokens[p, g].tolist()
+        assert row == row[:length] + [0] * (10 - length)
+        assert [token in ends for token in row[: length - 1]] == [False] * (length - 1)
+        assert batch.truncated[p, g] == (row[length - 1] not in ends)
+        assert length == 10 or not batch.truncated[p, g]
+        logits = model(tensor([prompt + row[:length]])).logits[0, -length - 1 : -1] / temperature
+        exact = torch.distributions.Categorical(logits=logits)
+        drawn = (exact.probs.cumsum(1) < u[p, g, :length, None]).sum(1)
+        assert row[:length] == drawn.tolist()
+        for found, value in (
+            (batch.logprobs, exact.log_prob(drawn)), (batch.entropy, exact.entropy())
+        ):  # fmt: skip
+            value = pad(value.detach(), (0, 10 - length))
+            torch.testing.assert_close(found[p, g], value, rtol=0, atol=1e-5)
+    alone = grpo.rollout(policy, PROMPTS[2:3], u[2:3, 1:2], temperature)
+    assert torch.equal(alone.tokens[0, 0], batch.tokens[2, 1])
 
 
-# ------------------------------------------ mathematics -------------------------------------------
+def test_draw_depends_on_seed_purpose_step_and_row_alone():
+    config = Config(max_new_tokens=3)
+    both = grpo.draw(config, 1, 5, [2, 7], 4)
+    assert both.shape == (2, 4, 3)
+    assert torch.equal(both[1:, :2], grpo.draw(config, 1, 5, [7], 2))  # a larger group adds draws
+    for other in ((config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)):
+        assert (both[:1] != grpo.draw(*other, [2], 4)).all()
+    other = replace(config, norm="none", lr=1.0, prompts=3)
+    assert torch.equal(both, grpo.draw(other, 1, 5, [2, 7], 4))
+    assert len({grpo.ORDER, grpo.TRAIN, grpo.EVALUATE}) == 3
 
 
-def geometry(f, first, levels, second=None):
-    """Of groups of 3, 2 in the first half; the halves are alike if there is one."""
-    halves = (torch.tensor(x, dtype=torch.float64) for x in (first, second or first))
-    values, columns = f(*halves, 3, levels and [*levels])
-    return [*values.values()], *columns.values()
+def test_prompt_ids_go_through_all_problems_in_an_order_of_each_pass():
+    config = Config(prompts=4)
+    ids = [i for step in range(5) for i in grpo.prompt_ids(step, config, 10)]
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
+    assert ids[:10] != ids[10:] and ids[:10] != list(range(10))
+    assert grpo.prompt_ids(0, replace(config, seed=1), 10) != ids[:4]
+    assert len(grpo.prompt_ids(0, config, 3)) == 4  # fewer problems than prompts a step
 
 
-def curvature(f, slope=1.0, v=(5.0, 0.0), A=(1.0, 2.0, -0.5), logprobs=None):
-    c, d = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -4.0]])  # log pi = c t + d t^2 / 2 along v
-    logprobs = logprobs or (lambda p: c * p["a"][0] + d * p["a"][0] ** 2 / 2 - 1)
-    return f(logprobs, {"a": torch.zeros(2)}, {"a": torch.tensor(v)}, torch.tensor(A), slope)
-
-
-# A call, and its value worked out by hand; a line that is indented goes on.
-BY_HAND = """
-advantage_scale(T([[1.0, 0, 0, 0, 0], [1] * 5]), "std", 0.1) -> [[2], [0]]
-group_advantages(T([[1.0, 0, 0, 0, 0]]), "none") -> [[0.8, -0.2, -0.2, -0.2, -0.2]]
-# integers and booleans
-group_advantages(T([[1, 0, 0, 0, 0], [2, 1, 1, 1, 1]]), "std", 0.0)
-  -> [[2, -0.5, -0.5, -0.5, -0.5]] * 2
-group_advantages(T([[True, False, False, False, False]]), "var", 0.04) -> [[4, -1, -1, -1, -1]]
-advantage_scale(T([[3, 1]]), "batch", 0.0) -> [[1]]
-group_advantages(T([[1.0, 0, 0, 0, 0]]), "std", 0.0) -> [[2, -0.5, -0.5, -0.5, -0.5]]
-group_advantages(T([[1.0, 0, 0, 0, 0]]), "var", 0.04) -> [[4, -1, -1, -1, -1]]
-# all rewards 1 0 1 1: mean 3/4, variance 3/16; group means 1/2 and 1
-group_advantages(T([[1.0, 0], [1, 1]]), "batch", 0.0) -> [[2 / 3**0.5, -2 / 3**0.5], [0, 0]]
-# exactly 0, though the deviation of these is 1e-8 by rounding
-group_advantages(T([[0.1] * 12] * 2), "std", 0.0) -> [[0] * 12] * 2
-group_advantages(T([[0.1] * 12] * 2), "batch", 0.0) -> [[0] * 12] * 2
-token_weights(T([[1, 3], [4, 2]]), "sequence") -> [[1 / 4] * 2] * 2
-token_weights(T([[1, 3], [4, 2]]), "mean") -> [[1 / 4, 1 / 12], [1 / 16, 1 / 8]]
-token_weights(T([[1, 3], [4, 2]]), "token") -> [[1 / 10] * 2] * 2
-# ratios 2 (A = 1: clipped to 1.2), 2 (A = -1: not), 1/2 (A = 1: not, twice the weight), 1/2
-# (A = -1: clipped to 0.8)
-policy_loss(log(T([2, 2, 0.5, 0.5])), T([0.0] * 4), T([1, -1, 1, -1]), T([1, 1, 2, 1]), 0.2)
-  -> 2 + 0.8 - 1.2 - 1
-# ratios 1, 2, 1/2 to what was sampled from; the reference has log-probability 0
-k3_divergence(log(T([1, 2, 0.5])), T([0.0] * 3), T([0.0] * 3))
-  -> [0, 2 * ln(2) - 1, (1 - ln(2)) / 2]
-# logits 0 and log 3: probabilities 1/4 and 3/4, at temperature 1/2 1/10 and 9/10
-token_logprobs(log(T([[1, 3.0]] * 2)), T([1, 0]), 1.0) -> [ln(0.75), ln(0.25)]
-token_logprobs(log(T([[1, 3.0]] * 2)), T([1, 0]), 0.5) -> [ln(0.9), ln(0.1)]
-sample_tokens(log(T([[1, 3.0]] * 2)), T([0.2, 0.3]), 1.0)
-  -> [0, 1], [ln(0.25), ln(0.75)], [ln(4) - 0.75 * ln(3)] * 2
-sample_tokens(log(T([[1, 3.0]])), T([0.0]), 0.0) -> [1], [ln(0.75)], [ln(4) - 0.75 * ln(3)]
-# the ends of the unit interval, beside tokens that cannot be drawn
-sample_tokens(log(T([[0, 1.0, 1, 0]] * 2)), T([0, 1 - 2**-24]), 1.0)
-  -> [1, 2], [-ln(2)] * 2, [ln(2)] * 2
-# entries 0, 3 and 6; 1, 4 and 7; 2 and 5 of the two tensors together
-count_sketch([T([[1.0, 2], [3, 4]]), T([5.0, 6, 7, 8])], T([1, -1, 1, 1, 1, -1, 1, -1]), 3)
-  -> [1 + 4 + 7, -2 + 5 - 8, 3 - 6]
-pair_cosines(T([[1.0, 3, 0, 0], [3, 25, 0, 4], [0] * 4, [0, 4, 0, 1]])) -> [3 / 5, 0, 4 / 5]
-# number; cosines' mean, deviation, shares above 0 and small; interference, signal share; corrected
-# cosine and its square: of all pairs, of one level, of two. Of |g|^2 a group of 3 leaves 4/5.
-geometry(gradient_geometry, [[1, 2]] * 3, "aab")
-  -> [3, 1, 0, 1, 0, 3, 4/5] + [5/4, 1] * 3, [5**0.5] * 3, [4] * 3
-geometry(gradient_geometry, [[1, 0], [0, 2], [-3, 0]], "aba")
-  -> [3, -1/3, 2**0.5/3, 0, 2/3, 8/14, 4/5, -15/56, 9/49, -3/4, 1, 0, 0], [1, 2, 3], [0.8, 3.2, 7.2]
-# halves that differ, and no levels: x = (4, 0) / 3 and (7, 10) / 3
-geometry(gradient_geometry, [[1, 0], [3, 4]], [None] * 2, [[2, 0], [1, 2]])
-  -> [2, 7 / 149**0.5, 0, 1, 0, 221/165, 93.6/165] + [28/46.8, 6/22] * 2 + [nan] * 2,
-  [4/3, 149**0.5/3], [1.6, 8.8]
-# the same where nothing is known of levels: what needs them is left out
-geometry(gradient_geometry, [[1, 0], [3, 4]], None, [[2, 0], [1, 2]])
-  -> [2, 7 / 149**0.5, 0, 1, 0, 221/165, 93.6/165, 28/46.8, 6/22], [4/3, 149**0.5/3], [1.6, 8.8]
-# a prompt without a gradient, which is a gradient of 0; one gradient alone
-geometry(gradient_geometry, [[3, 4], [0, 0], [3, 0]], "aab")
-  -> [2, 0.6, 0, 1, 0, 52/34, 4/5, 45/136, 0.36, 0, nan, 45/86, 0.36], [5, 0, 3], [20, 0, 7.2]
-geometry(gradient_geometry, [[1, 1], [0, 0]], "ab")
-  -> [1] + [nan] * 6 + [0, nan, nan, nan, 0, nan], [2**0.5, 0], [1.6, 0]
-# mean of A (c^2 + d), whatever the first guess of the step
-curvature(directional_curvature, 1e-3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
-curvature(directional_curvature, 1e3) -> (1.5 + 2 * 4 - 0.5 * 5) / 3
-curvature(directional_curvature, A=(0.0, 0.0, 0.0)) -> 0
-# no direction; log-probabilities that do not change, are noise, or are too long for float32
-curvature(directional_curvature, v=(0.0, 0.0)) -> nan
-curvature(directional_curvature, v=(0.0, 1.0)) -> nan
-curvature(directional_curvature, logprobs=lambda _: 1e-4 * torch.randn(3) - 500) -> nan
-curvature(directional_curvature, logprobs=lambda p: p["a"].sum().repeat(3) - 1e6) -> nan
-"""
-CALLS = [line for line in BY_HAND.replace("\n  ", " ").splitlines() if line and line[0] != "#"]
-
-
-@pytest.mark.parametrize("line", CALLS)
-def test_each_function_alone_gives_the_value_worked_out_by_hand(line):
-    """Made of its source alone, with nothing but torch in sight; but one calls another."""
-    called, expected = line.split(" -> ")
-    name = re.search(r"[a-z0-9]+_[a-z_]+", called)[0]
-    calls = {"group_advantages": ["advantage_scale"], "gradient_geometry": ["pair_cosines"]}
-    calls["directional_curvature"] = ["square"]
-    names = [*calls.get(name, []), name]
-    source = "\n".join(inspect.getsource(getattr(grpo, name)) for name in names)
-    namespace = {"torch": torch}
-    exec(f"from __future__ import annotations\n{source}", namespace)
-    torch.manual_seed(0)
-    tools = dict(T=torch.tensor, log=torch.log, torch=torch, geometry=geometry, curvature=curvature)
-    found = eval(called, tools | {name: namespace[name]})
-    expected = eval(expected, {"ln": math.log, "nan": math.nan})
-    rtol, atol = (0.01, 0) if name == "directional_curvature" else (1e-6, 1e-6)
-    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
-    for value, wanted in zip(found, expected, strict=True):
-        np.testing.assert_allclose(value, wanted, rtol, atol)
-
-
-@pytest.mark.parametrize("moved", [0.0, 0.7])
-def test_the_kl_terms_expected_gradient_is_that_of_the_divergence(moved):
-    """Sampled from `old`, with exact probabilities of one token, at old itself and elsewhere."""
-    seeded = torch.Generator().manual_seed(0)
-    old, reference, direction = torch.randn(3, 6, dtype=torch.float64, generator=seeded)
-    logits = (old + moved * direction).requires_grad_()
-    policy, old, reference = (x.log_softmax(0) for x in (logits, old, reference))
-    estimate = (old.exp() * grpo.k3_divergence(policy, old, reference)).sum()
-    divergence = (policy.exp() * (policy - reference)).sum()
-    both = estimate, divergence
-    found, expected = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in both)
-    torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize("large", [[1.0] * 5, [100.0, 1, 1, 1, 1]])
-def test_sketches_preserve_inner_products_without_bias(large):
-    """Unbiased, with the stated deviation, also where all that is large is one matrix column."""
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 40, 5) * torch.tensor(large)
-    products = []
-    for _ in range(2000):
-        signs = torch.randint(0, 2, (200,), dtype=torch.int8) * 2 - 1
-        products.append(float(torch.dot(*(grpo.count_sketch([x], signs, 17) for x in (a, b)))))
-    assert within(products, float((a * b).sum()))
-    assert np.std(products) == pytest.approx(float(a.norm() * b.norm()) / 17**0.5, rel=0.15)
-
-
-def within(values, truth: float, errors: float = 3) -> bool:
-    """Whether independent values' mean agrees with the truth within so many standard errors."""
-    values = np.asarray(values)
-    return abs(values.mean() - truth) < errors * values.std(ddof=1) / len(values) ** 0.5
-
-
-# -------------------------------------- rollout and gradient --------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_greedy_rollout_equals_generate_on_a_left_padded_batch(kind):
-    model, ends = make_model(kind), [1, 4, 9]  # several, so that rows end at different times
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ends, 0
-    batch = grpo.rollout(make_policy(model, ends), PROMPTS, uniforms(4, 1, 12), 0.0)
-    ids = torch.tensor([[0] * (5 - len(p)) + p for p in PROMPTS])
-    mask = torch.tensor([[0] * (5 - len(p)) + [1] * len(p) for p in PROMPTS])
-    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[:, 5:]
-    for p, row in enumerate(expected.tolist()):
-        end = next((t for t, token in enumerate(row, 1) if token in ends), 12)
-        assert batch.tokens[p, 0].tolist() == row + [0] * (12 - len(row))
-        assert batch.lengths[p, 0] == end and batch.truncated[p, 0] == (row[end - 1] not in ends)
-
-
-PASSES = [
-    ("gpt2", "sdpa", 0.7),
-    ("llama", "eager", 0.7),
-    ("gemma2", "eager", 1.0),
-]
-
-
-@pytest.mark.parametrize(("kind", "attention", "temperature"), PASSES)
-def test_rollout_is_the_naive_pass(kind, attention, temperature):
-    """Log-probabilities, entropies, what the output layer reads; and a completion has its own
-    random numbers alone."""
-    policy, u = make_policy(make_model(kind, attention=attention)), uniforms(4, 6, 10)
-    batch, naive, read = grpo.rollout(policy, PROMPTS, u, temperature), make_model(kind), []
-    naive.get_output_embeddings().register_forward_pre_hook(lambda _, x: read.append(x[0]))
-    for p, prompt in enumerate(PROMPTS):
-        naive(torch.tensor([prompt]))
-        torch.testing.assert_close(batch.features[p], read[-1][0].mean(0), rtol=0, atol=1e-5)
-        alone = grpo.rollout(policy, [prompt], u[p : p + 1, p : p + 1], temperature)
-        assert alone.tokens[0, 0].tolist() == batch.tokens[p, p].tolist()
-        for g, length in enumerate(batch.lengths[p].tolist()):
-            ids = torch.tensor([*prompt, *batch.tokens[p, g, :length]])
-            logits = naive(ids[None]).logits[0, -length - 1 : -1] / temperature
-            exact = torch.distributions.Categorical(logits=logits)
-            for found, value in (
-                (batch.logprobs, exact.log_prob(ids[-length:])),
-                (batch.entropy, exact.entropy()),
-            ):
-                torch.testing.assert_close(found[p, g, :length], value, rtol=0, atol=1e-5)
-
-
-def test_the_output_layer_reads_no_strided_view():
+def test_encode_prompts_runs_each_once_and_the_output_layer_reads_no_strided_view():
     """For one torch copies the layer's weights, for every prompt: gigabytes with many tokens."""
-    policy, seen = make_policy(make_model("llama")), []
+    policy = make_policy(make_model("llama"), ends=[-1])
+    seen = []
     layer = policy.model.get_output_embeddings()
     layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     batch = grpo.rollout(policy, PROMPTS, uniforms(4, 2, 2), 1.0)
-    grpo.completion_logprobs(policy, batch, [0, 1, 2], Config())
-    assert len(seen) == 4 and all(x.stride() == torch.empty(x.shape).stride() for x in seen)
+    grpo.completion_logprobs(policy, batch, [0, 1, 2], 1.0)
+    assert [x.shape[:2] for x in seen] == [(4, 1), (8, 1), (2, 1), (3, 1)]
+    assert all(x.stride() == torch.empty(x.shape).stride() for x in seen)
 
 
-def test_sampled_frequencies_match_the_models_probabilities():
-    """Two-token completions over five tokens, 20,000 draws, chi-square; whatever the generation
-    config says."""
-    model = make_model("gpt2", 5)
-    others = dict(top_k=1, top_p=0.1, temperature=9.0, repetition_penalty=5.0, do_sample=False)
-    model.generation_config.update(**others)
-    batch = grpo.rollout(make_policy(model, [4]), [[2, 3]], uniforms(1, 20_000, 2), 1.3)
-
-    def probs(*ids: int) -> np.ndarray:
-        logits = model(torch.tensor([ids])).logits[0, -1].detach().double()
-        return torch.softmax(logits / 1.3, -1).numpy()
-
-    first = probs(2, 3)  # token 4 ends
-    expected = np.concatenate([*(first[a] * probs(2, 3, a) for a in range(4)), first[4:]])
-    counts = np.bincount(batch.tokens[0] @ torch.tensor([5, 1]), minlength=21)
-    assert stats.chisquare(counts, 20_000 * expected).pvalue > 0.001
+def test_pad_prompts_and_extend_count_positions_from_a_prompts_beginning():
+    """Of prompts that end side by side, and may contain token 0."""
+    tokens, mask = grpo.pad_prompts([[5, 0, 7], [9]], "cpu")
+    assert tokens.tolist() == [[5, 0, 7], [0, 0, 9]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    called = {}
+    policy = make_policy(make_model("llama"))
+    policy.model = lambda tokens, **named: called.update(named)
+    policy.cache_argument = "past"
+    grpo.extend(policy, tokens[:, 1:], mask, "cache")
+    assert called.pop("position_ids").tolist() == [[1, 2], [0, 0]]
+    assert called == {"attention_mask": mask, "past": "cache", "use_cache": True}
 
 
-def test_random_numbers_and_prompts_depend_on_seed_step_and_row_alone():
-    config = Config(max_new_tokens=3, prompts=4)
-    both = grpo.draw(config, 1, 5, [2, 7], 4)
-    assert torch.equal(both[1:, :2], grpo.draw(config, 1, 5, [7], 2))  # a larger group adds draws
-    others = (config, 1, 6), (config, 2, 5), (replace(config, seed=1), 1, 5)  # step, purpose, seed
-    assert all((both[:1] != grpo.draw(*other, [2], 4)).all() for other in others)
-    rows = [row for step in range(5) for row in grpo.prompt_rows(step, config, 10)]
-    assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))  # in epochs
-    assert rows[:10] != rows[10:]
+def test_score_gives_each_completion_its_own_prompts_answer():
+    """Rewards of texts without special tokens and without what comes after the end."""
+    tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)  # "0" is token 18, the end token 0
+    policy = SimpleNamespace(tokenizer=tokenizer)
+    tokens = tensor([[[19, 0, 0], [20, 21, 30]], [[22, 23, 24], [0, 0, 0]]])
+    batch = SimpleNamespace(tokens=tokens, lengths=tensor([[2, 2], [3, 1]]))
+    problems = [Problem("q", "100", None, []), Problem("q", "200", None, [])]
+    rewards, texts = grpo.score(policy, batch, problems, lambda text, a: int(text or 7) + int(a))
+    assert texts == ["1", "23", "456", ""]
+    assert rewards.tolist() == [[101, 123], [656, 207]] and rewards.dtype == torch.float64
+    for reward, message in (
+        (lambda *_: 1 / 0, "division by zero"),
+        (lambda *_: math.nan, "finite"),
+        (lambda *_: None, "TypeError"),
+    ):
+        with pytest.raises(RunError, match=f"{message}.*'1'.*answer='100'"):
+            grpo.score(policy, batch, problems, reward)
 
 
-KINDS = "gpt2 sequence, gpt2 mean, gpt2 token, llama mean, gemma2 sequence, opt token"
-KINDS += ", mixtral sequence, granite mean, cohere token, gpt-neo mean"
+def test_split_rows_by_hand():
+    """Prompts of 400 tokens and answers of 4 or 5: all would fit but for copies of the prompts."""
+    lengths = tensor([[4, 5, 4], [5, 5, 5], [4, 4, 4], [9, 1, 1]])
+    batch = SimpleNamespace(prompts=[[0] * 400, [0] * 400, [0] * 400, [0] * 10], lengths=lengths)
+    split = functools.partial(grpo.split_rows, batch, range(12))
+    order = [9, 10, 11, 1, 0, 2, 3, 4, 5, 6, 7, 8]  # a prompt's longest answer first
+    assert split((12 * 409, 4096)) == [order]
+    assert split((4096, 4096)) == [order[:10], order[10:]]  # 10 * 409; the last two are of 404
+    assert split((820, 4096)) == [[9, 10, 11], [1, 0], [2, 3], [4, 5], [6, 7], [8]]  # 2 * 405
+    assert split((1e9, 40)) == [order[:4], order[4:12]]  # 4 * 9, 8 * 5
+    assert split((1, 1)) == [[row] for row in order]
+    assert grpo.split_rows(batch, [], (1, 1)) == []
 
 
-@pytest.mark.parametrize(("kind", "agg"), [pair.split() for pair in KINDS.split(", ")])
-def test_gradient_equals_the_naive_one_whatever_the_split_padding_and_order(kind, agg):
+GRADIENTS = [("gpt2", "sequence"), ("llama", "mean"), ("gemma2", "token")]
+
+
+@pytest.mark.parametrize(("kind", "agg"), GRADIENTS)
+def test_loss_gradient_is_the_naive_one_whatever_the_split_and_order(kind, agg):
     """Several prompts of unequal length in a micro-batch, one of one token, or one completion."""
-    naive, attention = make_model(kind), "eager" if kind == "llama" else ""
-    policy = make_policy(make_model(kind, attention=attention))
-    batch, config = sample_batch(policy, agg), Config(temperature=0.8, device="cpu")
-    now = naive_logprobs(naive, batch, 0.8)
+    policy = make_policy(make_model(kind))
+    policy.trained = policy.trained | {"unused": torch.ones(3, requires_grad=True)}
+    batch = sample_batch(policy, agg)
+    now = naive_logprobs(policy.model, batch, 0.8)
     loss = naive_loss(now, now, now, batch, agg)
-    expected = flat(torch.autograd.grad(loss, [*naive.parameters()]))
-    wide = [pad(x, (0, 7), value=22) for x in (batch.tokens, batch.old_logprobs)]
-    padded = replace(batch, tokens=wide[0], old_logprobs=wide[1] * math.nan)
+    expected = pad(flat(torch.autograd.grad(loss, [*policy.masters.values()])), (0, 3))
     active = [r for r in range(20) if batch.advantages.flatten()[r]]  # the others have no gradient
-    for limits, rows, variant in (
-        ((999, 999), range(20), batch),
-        ((60, 40), [*range(20)][::-1], padded),
-        ((1, 1), active, batch),
+    for limits, rows in (
+        ((999, 999), range(20)),
+        ((60, 40), [*range(19, -1, -1)]),
+        ((1, 1), active),
     ):
         policy.limits = limits
-        variant.old_logprobs = torch.full_like(variant.old_logprobs, math.nan)
-        gradient = flat(grpo.loss_gradient(policy, variant, rows, config))
-        assert relative_error(gradient, expected) < 1e-5
-        for row in rows:
+        gradient, logprobs = grpo.loss_gradient(policy, batch, rows, Config(temperature=0.8))
+        assert relative_error(flat(gradient), expected) < 1e-5
+        for row in range(20):
             value = now[row // 5][row % 5].detach()
-            found = variant.old_logprobs.flatten(0, 1)[row, : len(value)]
-            torch.testing.assert_close(found, value, rtol=0, atol=1e-5)
+            found = logprobs.flatten(0, 1)[row, : len(value)]
+            exact = value if row in rows else torch.full_like(value, math.nan)
+            torch.testing.assert_close(found, exact, rtol=0, atol=1e-5, equal_nan=True)
+    padded = grpo.completion_logprobs(policy, batch, range(20), 0.8)
+    assert torch.equal(padded != 0, torch.arange(padded.shape[1]) < batch.lengths.view(20, 1))
+    gradient, _ = grpo.loss_gradient(policy, batch, [], Config())
+    assert [x.shape for x in gradient] == [x.shape for x in policy.masters.values()]
+    assert not flat(gradient).any()
 
 
-HYBRID = dict(vocab_size=23, layer_types=["linear_attention", "full_attention"], head_dim=8)
-STATES = {  # whose past is not keys and values alone: a delta rule, a state space
-    "qwen3_next": dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8)
-    | dict(linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
-    "granitemoehybrid": dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=4)
-    | dict(num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16),
-}
-if transformers.__version__ < "5":
-    STATES["granitemoehybrid"] |= dict(layer_types=["mamba", "attention"])  # as it has them
+def test_set_gradient_clips_the_norm_by_hand():
+    """Of (3, 4) and (12), 13 in all; autograd may return one tensor for two parameters."""
+    policy = SimpleNamespace(masters={"a": torch.zeros(2), "b": torch.zeros(1)})
+    for max_norm, scale in ((0.0, 1), (20.0, 1), (6.5, 0.5)):
+        norm = grpo.set_gradient(policy, [tensor([3.0, 4.0]), tensor([12.0])], max_norm)
+        grads = flat(x.grad for x in policy.masters.values())
+        assert norm == pytest.approx(13) and grads.tolist() == pytest.approx(
+            [3 * scale, 4 * scale, 12 * scale]
+        )
+    policy.masters["a"] = torch.zeros(1)
+    assert grpo.set_gradient(policy, [tensor([3.0])] * 2, 1.0) == pytest.approx(18**0.5)
+    assert policy.masters["a"].grad.item() == pytest.approx(0.5**0.5)
 
 
-@pytest.mark.parametrize("kind", STATES)
-def test_models_with_a_state_have_the_naive_gradient_or_are_refused(kind):
-    """transformers 4 has caches of another kind for them."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **SHARED | HYBRID | STATES[kind])
-    policy = make_policy(AutoModelForCausalLM.from_config(config).eval(), limits=(60, 40))
-    settings = Config(device="cpu")
-    if transformers.__version__ < "5":
-        refused = f"{kind}.*: with a DynamicCache it fails: .*state"
-        with pytest.raises(InputError, match=refused):
-            grpo.check_model(policy, [3, 4, 5], settings)
-        return
-    grpo.check_model(policy, [3, 4, 5], settings)
-    batch = sample_batch(policy)
-    now = naive_logprobs(policy.model, batch)
-    loss = naive_loss(now, now, now, batch, "sequence")
-    expected = torch.autograd.grad(loss, [*policy.trained.values()], materialize_grads=True)
-    gradient = flat(grpo.loss_gradient(policy, batch, range(20), settings))
-    assert relative_error(gradient, flat(expected)) < 1e-5
+SETTINGS = dict(steps=12, prompts=3, group=5, eval_every=4, eval_problems=4, save_every=4, lr=1e-3)
+SETTINGS |= dict(measure_every=4, micro_batch=80, device="cpu", dtype="float32", task="letters")
+SETTINGS |= dict(data=LETTERS.test)
+BRIEF = dict(eval_every=0, eval_problems=1, steps=2, measure_every=0)
 
 
-def test_micro_batches_keep_to_their_limits():
-    """Prompts of 400 tokens and answers of 4 or 5: all would fit but for copies of the prompts."""
-    lengths = torch.tensor([[4, 5, 4], [5, 5, 5], [4, 4, 4], [9, 1, 1]])
-    batch = SimpleNamespace(prompts=[[0] * 400, [0] * 400, [0] * 400, [0] * 10], lengths=lengths)
-    split = lambda *limits: grpo.split_rows(batch, range(12), limits)  # noqa: E731
-    order = [9, 10, 11, 1, 0, 2, 3, 4, 5, 6, 7, 8]  # a prompt's longest answer first
-    assert split(12 * 409, 4096) == [order]
-    assert split(4096, 4096) == [order[:10], order[10:]]  # 10 * 409; the last two are of 404
-    assert split(820, 4096) == [[9, 10, 11], [1, 0], [2, 3], [4, 5], [6, 7], [8]]  # 2 * 405, not 3
-    assert split(1e9, 40) == [order[:4], order[4:12]]  # 4 * 9, 8 * 5
-    assert split(1, 1) == [[row] for row in order] and grpo.split_rows(batch, [], (1, 1)) == []
+def settings(out, **changes):
+    """A small run: 12 updates of 3 prompts with 5 completions, measured at every fourth."""
+    return Config(**SETTINGS | changes | {"out": str(out)})
 
 
-def parity(completion: str, answer: str) -> float:
+def parity(completion, answer):
     """A reward that any policy earns half of the time."""
     return float(zlib.crc32((completion + answer).encode()) % 2)
 
 
-SETTINGS = dict(steps=10, prompts=3, group=5, eval_every=4, eval_problems=20, save_every=4, lr=1e-3)
-SETTINGS |= dict(probe_every=4, micro_batch=40, device="cpu", dtype="float32", task="letters")
-SETTINGS |= dict(data=LETTERS.test)
-UNMEASURED, BRIEF = dict(geometry_every=0, probe_every=0), dict(eval_every=0, eval_problems=2)
+def encoded(policy, config):
+    """A run's problems."""
+    return grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
 
 
-def settings(out, **changes) -> Config:
-    """A small run: 10 updates of 3 prompts with 5 completions, everything measured."""
-    return Config(**SETTINGS | changes | {"out": str(out)})
+def test_evaluate_is_generate_and_then_the_rollout_of_each_problem(monkeypatch):
+    """Five problems in batches of 3, as large as in training; another process has its share."""
+    config = replace(grpo.resolve(settings("-")), group=1, temperature=1.5)
+    policy = grpo.load_policy(config)
+    problems = encoded(policy, config)[:5]
+    texts = {"greedy": [], "sampled": []}
+    for i, problem in enumerate(problems):
+        ids = tensor([problem.prompt])
+        (row,) = policy.model.generate(ids, attention_mask=ids**0, max_new_tokens=6, pad_token_id=0)
+        rest = row[ids.shape[1] :]
+        texts["greedy"].append(policy.tokenizer.decode(rest, skip_special_tokens=True))
+        u = grpo.draw(config, grpo.EVALUATE, 0, [i], 1)
+        alone = grpo.rollout(policy, [problem.prompt], u, 1.5)
+        texts["sampled"] += grpo.score(policy, alone, [problem], parity)[1]
+
+    def reward(completion, answer):
+        return float(completion or 0) + float(answer) / 1e4
+
+    def rewards(how):
+        return [reward(text, problem.answer) for text, problem in zip(texts[how], problems)]
+
+    sizes = []
+    rollout = grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda *x: sizes.append(len(x[1])) or rollout(*x))
+    columns, samples = grpo.evaluate(policy, problems, reward, config)
+    assert sizes == [3, 2, 3, 2]
+    assert columns["eval_greedy_reward"] == pytest.approx(np.mean(rewards("greedy")))
+    assert columns["eval_reward"] == pytest.approx(np.mean(rewards("sampled")))
+    assert math.isnan(columns["eval_greedy"]) and math.isnan(columns["eval_pass_rate"])
+    questions, _, _, _ = zip(*problems)
+    shown = zip(questions, texts["sampled"], [x.answer for x in problems], rewards("sampled"))
+    keys = "question", "completion", "answer", "reward"
+    assert samples == [dict(zip(keys, values)) for values in shown][:4]
+    first = texts["sampled"][0]
+    columns, _ = grpo.evaluate(policy, problems, lambda text, _: text == first, config)
+    assert columns["eval_pass_rate"] == texts["sampled"].count(first) / 5
+    assert columns["eval_greedy"] == texts["greedy"].count(first) / 5
+    monkeypatch.setattr(grpo, "share", lambda count: range(count // 2, count))
+    columns, _ = grpo.evaluate(policy, problems, reward, config)
+    assert sizes[8:] == [2, 1, 2, 1]
+    assert columns["eval_reward"] == pytest.approx(np.mean(rewards("sampled")[2:]))
 
 
-def run(out, reward=parity, stop=(), **changes) -> dict[str, float]:
+# ---------------------------------- a run against the naive run -----------------------------------
+
+
+def run(out, reward=parity, stop=(), **changes):
     return grpo.train(settings(out, **changes), reward=reward, stop=stop)
 
 
-def step_batch(policy: Policy, step: int, config: Config) -> Batch:
+def read(out, name="metrics.jsonl"):
+    """A log, without what the clock says."""
+    clock = "seconds_rollout", "seconds_update", "tokens_per_second"
+    rows = map(json.loads, (Path(out) / name).read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+
+
+def weights(out, names):
+    """The trained weights of a run's checkpoint."""
+    saved = load_file(Path(out) / grpo.CHECKPOINT)
+    return flat(saved[f"weights.{name}"] for name in names)
+
+
+def naive_forward(model, theta):
+    """The plain model's forward at trained weights theta, adapters merged into what they adapt."""
+    merged = {name: value for name, value in theta.items() if "lora" not in name}
+    for name in (name for name in theta if "lora_B" in name):
+        target = name.removeprefix("base_model.model.").replace("lora_B.default.", "")
+        change = 2 * theta[name] @ theta[name.replace("lora_B", "lora_A")]  # alpha over rank is 2
+        transposed = isinstance(model.get_submodule(target.removesuffix(".weight")), Conv1D)
+        merged[target] = model.get_parameter(target) + (change.T if transposed else change)
+    return lambda *args, **named: torch.func.functional_call(model, merged, args, named)
+
+
+def step_batch(policy, step, config):
     """What the step of a run samples, with rewards and advantages."""
-    problems = grpo.encode_problems(grpo.load_problems(config, None, parity)[0], policy, config)
-    problems = [problems[row] for row in grpo.prompt_rows(step, config, len(problems))]
+    problems = encoded(policy, config)
+    problems = [problems[row] for row in grpo.prompt_ids(step, config, len(problems))]
     random = grpo.draw(config, grpo.TRAIN, step, range(config.prompts), config.group)
     prompts = [problem.prompt for problem in problems]
     batch = grpo.rollout(policy, prompts, random, config.temperature)
-    grpo.score(policy, batch, problems, parity)
+    batch.rewards, _ = grpo.score(policy, batch, problems, parity)
     return with_advantages(batch, config.norm, config.agg)
 
 
-def naive_run(config: Config):
+def naive_run(config):
     """The run written out with plain SGD: weights before and after, updates' norms, largest changes
     of a ratio, and the plain model."""
     policy = grpo.load_policy(config)
     plain = AutoModelForCausalLM.from_pretrained(config.model or LETTERS.model)
     start = {name: x.detach().clone().requires_grad_() for name, x in policy.masters.items()}
-    theta, anchor, norms, changes = start, naive_forward(plain, start), [], []
+    theta = start
+    norms = []
+    changes = []
     for step in range(config.steps):
         for name, master in policy.masters.items():
             master.data.copy_(theta[name])
         batch = step_batch(policy, step, config)
-        table = lambda forward: naive_logprobs(forward, batch, config.temperature)  # noqa: B023, E731
+        table = functools.partial(naive_logprobs, batch=batch, temperature=config.temperature)
         old = None
         for _ in range(config.epochs):
             now = table(naive_forward(plain, theta))
             old = old or now
-            far = table(anchor) if config.kl else now
+            far = table(naive_forward(plain, start)) if config.kl else now
             loss = naive_loss(now, old, far, batch, config.agg, config.clip, config.kl)
             gradient = torch.autograd.grad(loss, [*theta.values()])
             norms.append(float(flat(gradient).norm()))
@@ -523,273 +619,425 @@ def naive_run(config: Config):
 
 
 RUNS = [
-    dict(norm="none", agg="token", probe_every=1, micro_batch=24),  # a half in two
-    dict(norm="var", agg="mean", temperature=0.8),
-    dict(norm="batch", max_grad_norm=0.05, **UNMEASURED),
-    dict(norm="std", epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0),
-    dict(norm="std", lora=4, epochs=2, clip=0.01, kl=0.3),
-    dict(norm="none", lora=4, probe_every=1, task="arith", model="llama"),
+    dict(epochs=3, clip=0.05, kl=0.3, max_grad_norm=0.0, measure_every=1, agg="mean", group=3),
+    dict(norm="none", lora=4, task="arith", model="llama", agg="token", max_grad_norm=0.05),
+    pytest.param(dict(norm="none", agg="token", measure_every=1, micro_batch=24), marks=slow),
+    pytest.param(dict(norm="var", agg="mean", temperature=0.8, measure_every=1), marks=slow),
+    pytest.param(dict(norm="batch", max_grad_norm=0.05), marks=slow),
+    pytest.param(dict(norm="std", lora=4, epochs=2, clip=0.01, kl=0.3), marks=slow),
 ]
 
 
 @pytest.mark.parametrize("changes", RUNS)
-def test_a_run_is_the_naive_one(changes, tmp_path):
-    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL, with
-    adapters."""
-    changes = changes | BRIEF | dict(optimizer="sgd", lr=0.3, steps=2)
-    if "kl" in changes or changes.get("agg") == "mean":  # by default where there is what to measure
-        changes |= dict(geometry_every=-1, probe_every=-1)
+def test_train_is_the_naive_run(changes, tmp_path):
+    """Weights, logged norms and the saved model; measured or not, clipped, in epochs, with KL (by
+    with_parameters), with adapters; what `finish` returns is in the log."""
+    changes = BRIEF | dict(optimizer="sgd", lr=0.3) | changes
     if "model" in changes:
-        changes |= {"model": save_model(changes["model"], tmp_path / "start")}
-    run(tmp_path, **changes)
+        changes["model"] = str(tmp_path / "start")
+        make_model("llama", 98).save_pretrained(changes["model"])
+        AutoTokenizer.from_pretrained(LETTERS.model).save_pretrained(changes["model"])
     config = settings(tmp_path, **changes)
+    given = asdict(config)
+    evaluation = grpo.train(config, reward=parity)
+    assert asdict(config) == given and read(tmp_path)[-1] == {"step": config.steps} | evaluation
+    config = grpo.resolve(config)
     start, theta, norms, ratios, plain = naive_run(config)
-    before, after = flat(start.values()), flat(theta.values())
+    before = flat(start.values())
+    after = flat(theta.values())
     assert relative_error(weights(tmp_path, start) - before, after - before) < 1e-4
     assert all(("lora" in name) == bool(config.lora) for name in start)
     assert config.epochs == 1 or max(ratios) > config.clip
-    first, *_ = lines = read(tmp_path)[:-1]
-    log = pd.DataFrame(lines)
-    assert [*log.grad_norm] == pytest.approx(np.reshape(norms, (2, -1)).mean(1), rel=1e-4)
-    assert (log.clipped == (config.max_grad_norm == 0.05)).all() and (log.logprob_gap < 1e-5).all()
-    # With `mean` or KL the loss has another gradient than what is measured.
-    measured = config.agg != "mean" and not config.kl and bool(config.geometry_every)
-    assert [key in first for key in ("cos_mean", "curvature")] == [measured] * 2
+    lines = read(tmp_path)[:-1]
+    norms = np.reshape(norms, (2, -1))
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms.mean(1), rel=1e-4)
+    over = (norms > (config.max_grad_norm or math.inf)).any(1)
+    assert [line["clipped"] for line in lines] == over.tolist()
+    assert all(0 <= line["logprob_gap"] < 1e-5 for line in lines)
     ids = torch.arange(20, 60).view(2, 20)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     expected = naive_forward(plain, theta)(ids).logits
-    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(saved(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
-def weights(out, names) -> torch.Tensor:
-    """The trained weights of a run's checkpoint."""
-    saved = load_file(out / grpo.CHECKPOINT)
-    return flat(saved[f"weights.{name}"] for name in names)
+WHOLE = dict(dtype="bfloat16", kl=0.1)
 
 
-def test_a_task_brings_its_settings_and_a_model_or_data_of_ones_own_is_mathematics():
-    rates = {task: Config(task=task).lr for task in grpo.TASKS}
-    assert rates == {"letters": 2e-4, "arith": 3e-4, "gsm8k": 1e-6, "math": 1e-6}
-    assert Config(task="gsm8k", lora=64).lr == pytest.approx(1e-5)
-    assert Config(lr=0.5, lora=1).lr == 0.5
-    own = [Config(), Config(model="DIR"), Config(data="FILE"), Config(task="letters", model="DIR")]
-    assert [config.task for config in own] == ["letters", "math", "math", "letters"]
-    assert [config.out for config in own[:2]] == ["runs/letters-std-0", "runs/math-std-0"]
-    assert (own[1].max_new_tokens, own[1].lr, own[1].instruction) == (1024, 1e-6, grpo.BOXED)
-    rewards = [grpo.TASKS[config.task].reward("so 5.0\n", "5") for config in own]
-    assert rewards == [0.0, 1.0, 1.0, 0.0]  # exact match, the grader
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that others are compared with, and the gradients that its optimizer had."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    gradients = []
+    set_gradient = grpo.set_gradient
+
+    def recorded(policy, *more):
+        norm = set_gradient(policy, *more)
+        gradients.append([x.grad.clone() for x in policy.masters.values()])
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "set_gradient", recorded)
+        run(out, **WHOLE)
+    return out, gradients
 
 
-TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ END }}{% endfor %}"
-ENDS = [  # what a template puts after an answer, and what of it ends a completion
-    ("<|im_end|>\n", ["<|im_end|>"]),
-    ("<eos>", []),  # which ends one already
-    ("\nUser:", []),  # plain text
-    ("{{ raise_exception('no') if m.role == 'assistant' }}", []),
+def test_make_optimizer_takes_the_steps_of_torchs_adamw_on_float32_masters(whole):
+    """No weight decay, a rate that rises for ten steps; the model has them in bfloat16."""
+    out, gradients = whole
+    policy = grpo.load_policy(grpo.resolve(settings(out, **WHOLE)))
+    theta = [x.clone() for x in policy.masters.values()]
+    optimizer = torch.optim.AdamW(theta, weight_decay=0.0)  # else torch's defaults
+    for step, gradient in enumerate(gradients):
+        for parameter, grad in zip(theta, gradient):
+            parameter.grad = grad
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 10)
+        optimizer.step()
+    found = weights(out, policy.masters)
+    torch.testing.assert_close(found, flat(theta), rtol=0, atol=1e-6)
+    rates = [line["lr"] for line in read(out)[:-1]]
+    assert rates == pytest.approx([1e-4 * n for n in range(1, 11)] + [1e-3, 1e-3])
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert torch.equal(flat(model.parameters()), found.bfloat16())
+
+
+MEASURED = [  # every norm, optimizer and aggregation
+    dict(norm="none", agg="sequence"),
+    dict(norm="std", agg="mean", optimizer="sgd", lr=0.1, epochs=2),
+    dict(norm="var", agg="token", dtype="bfloat16"),
+    dict(norm="batch", optimizer="sgd", lr=0.1, kl=0.1),
 ]
 
 
-@pytest.mark.parametrize(("end", "more"), ENDS)
-def test_what_ends_a_turn_by_the_template_ends_a_completion(end, more, tmp_path):
-    path = str(shutil.copytree(LETTERS.model, tmp_path / "model"))
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = TURN.replace("{{ END }}", end)
-    tokenizer.save_pretrained(path)
-    for chat in (True, False):
-        policy = grpo.load_policy(settings(tmp_path, model=path, chat=chat))
-        wanted = ["<eos>", *more * chat]
-        assert policy.eos_ids == sorted(tokenizer.convert_tokens_to_ids(wanted))
+@pytest.mark.parametrize("changes", MEASURED)
+def test_train_has_the_same_weights_to_the_bit_with_and_without_measuring(changes, tmp_path):
+    """And samples; what is measured is logged at every second step, and not elsewhere."""
+    changes = BRIEF | dict(steps=3) | changes
+    run(tmp_path / "with", **changes | dict(measure_every=2))
+    run(tmp_path / "without", **changes)
+    ours, theirs = (load_file(tmp_path / x / grpo.CHECKPOINT) for x in ("with", "without"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    for name in ("metrics.jsonl", "prompts.jsonl"):
+        plain = read(tmp_path / "without", name)
+        lines = read(tmp_path / "with", name)
+        for line, other in zip(lines, plain, strict=True):
+            assert {key: line[key] for key in other} == other
+            more = {"interference", "curvature_error", "feature_cos", "fisher_half"} & line.keys()
+            assert len(more) == (2 if line["step"] in (0, 2) else 0)
 
 
-def read(out, name: str = "metrics.jsonl") -> list[dict]:
-    """A log, without what the clock says."""
-    clock = "seconds_rollout", "seconds_update", "tokens_per_second"
-    rows = map(json.loads, (Path(out) / name).read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in clock} for row in rows]
+def test_train_on_another_device_is_the_same(tmp_path):
+    """On CUDA pretended by the CPU: whatever meets a tensor of the other side raises an error."""
+    changes = BRIEF | dict(steps=1, measure_every=1, epochs=2, kl=0.1)
+    run(tmp_path / "cpu", **changes)
+    with Pretence():
+        run(tmp_path / "cuda", **changes | dict(device="cuda"))
+        filled = grpo.resolve(Config(device="cuda"))
+    assert (filled.device, filled.dtype) == ("cuda:0", "bfloat16")
+    assert read(tmp_path / "cuda", "samples.jsonl") == read(tmp_path / "cpu", "samples.jsonl")
+    ours, theirs = (pd.DataFrame(read(tmp_path / x)).astype(float) for x in ("cuda", "cpu"))
+    pd.testing.assert_frame_equal(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
-def test_bfloat16_weights_follow_float32_masters(tmp_path):
-    config = settings(tmp_path, dtype="bfloat16", optimizer="sgd", lr=1e-3, steps=1, **UNMEASURED)
-    grpo.train(config, reward=parity)
-    policy = grpo.load_policy(config)
-    batch = step_batch(policy, 0, config)
-    # Those that a run trains on: in other micro-batches bfloat16 would be rounded otherwise.
-    active = [row for row, A in enumerate(batch.advantages.flatten()) if A]
-    gradient = flat(grpo.loss_gradient(policy, batch, active, config))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    found, start = weights(tmp_path, policy.masters), flat(policy.masters.values())
-    torch.testing.assert_close(found, start - 1e-4 * gradient, rtol=1e-6, atol=1e-8)
-    assert torch.equal(flat(model.parameters()), found.bfloat16())
-    assert (found != start).float().mean() > 0.5
+def test_train_skips_steps_that_are_not_finite_and_ends_after_five_in_a_row(tmp_path, monkeypatch):
+    """Logits are spoiled at steps 1 to 4 and 6 to 10. Where all rewards are 0, so is the gradient,
+    and only the entropy tells."""
+    spoiled = [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    steps = []
+    draw = grpo.draw
+    sample = grpo.sample_tokens
+
+    def counted(config, purpose, step, *more):
+        steps.append(step)
+        return draw(config, purpose, step, *more)
+
+    def spoil(logits, *more):
+        return sample(logits * (math.nan if steps and steps[-1] in spoiled else 1), *more)
+
+    monkeypatch.setattr(grpo, "draw", counted)
+    monkeypatch.setattr(grpo, "sample_tokens", spoil)
+    with pytest.raises(RunError, match="no finite gradient in 5 steps in a row, up to 10"):
+        run(tmp_path, lambda *x: parity(*x) * (steps[-1] != 6), **BRIEF | dict(steps=30))
+    lines = read(tmp_path)
+    assert len(lines) == 11
+    for line in lines:
+        assert line["skipped"] == (line["step"] in spoiled)
+        assert (line["grad_norm"] is line["entropy"] is None) == (line["step"] in spoiled)
+    assert all(x.isfinite().all() for x in load_file(tmp_path / grpo.CHECKPOINT).values())
 
 
-# ------------------------------------------ measurement -------------------------------------------
+def test_start_run_takes_one_thread_for_a_small_model_and_gives_the_others_back(monkeypatch):
+    """Unless OMP_NUM_THREADS says how many; also after an error. By what prepare_run found."""
+    threads = [7]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for small, variable, expected in ((1e6, None, 1), (1e6, "7", 7), (1e5, None, 7)):
+        monkeypatch.setattr(grpo, "SMALL", small)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if variable:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        with pytest.raises(ZeroDivisionError), grpo.start_run(settings("-"), None, parity) as begun:
+            assert threads[-1] == expected and begun.config.curvature == (small == 1e6)
+            raise ZeroDivisionError
+        assert threads[-1] == 7
 
 
-class LogLinear(torch.nn.Module):
-    """P prompts of a token, K answers of a token, the first one right, in closed form:
-    softmax(features[x] @ theta)."""
-
-    def __init__(self, P: int, K: int):
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.features = torch.randn(P, K, 6, dtype=torch.float64, generator=generator)
-        self.theta = torch.nn.Parameter(torch.randn(6, dtype=torch.float64, generator=generator))
-        self.device, self.config = torch.device("cpu"), None
-
-    def forward(self, ids, **_):
-        return SimpleNamespace(logits=self.features[ids] @ self.theta.double())
-
-    def closed_form(self, p: int):
-        """Probabilities [K], scores [K, D]; the expected reward's gradient [D], Hessian [D, D]."""
-        probs = torch.softmax(self.features[p] @ self.theta.detach(), -1)
-        scores = self.features[p] - probs @ self.features[p]
-        centred = probs * ((torch.arange(len(probs)) == 0).double() - probs[0])
-        return probs, scores, centred @ scores, torch.einsum("k,ki,kj->ij", centred, scores, scores)
-
-    def measured(self, p: int, actions) -> dict:
-        tokens = torch.as_tensor(actions)[None, :, None]
-        nothing, ones = torch.zeros(tokens.shape).double(), torch.ones_like(tokens[..., 0])
-        rewards = (tokens[..., 0] == 0).double()
-        batch = Batch(
-            [[p]], nothing, tokens, ones, nothing, nothing, nothing, nothing * math.nan, rewards
-        )
-        batch = with_advantages(batch, "std", "sequence")
-        return measure(make_policy(self), batch, 0, settings("-"))
+# ----------------------------------------- measurement --------------------------------------------
 
 
-def measure(policy: Policy, batch: Batch, p: int, config: Config) -> dict:
-    """What a step measures of a prompt, from the parts that its two halves have in the update."""
-    G, found = batch.lengths.shape[1], defaultdict(list)
-    for rows in (range(p * G, p * G + (G + 1) // 2), range(p * G + (G + 1) // 2, p * G + G)):
-        active = rows if batch.advantages[p].any() else []
-        part = grpo.loss_gradient(policy, batch, active, config)
-        grpo.measure_half(policy, batch, rows, part, None, config, True, found)
-    return found
+def measure(policy, batch, config, levels=None):
+    """What grpo.measure returns, and what it got from measure_half for each half, two a prompt."""
+    masters = [*policy.masters.values()]
+    optimizer = torch.optim.SGD(masters, lr=0.5)
+    for master in masters:
+        master.grad = torch.ones_like(master)
+    halves = []
+    measure_half = grpo.measure_half
 
+    def keep(*arguments):
+        half = measure_half(*arguments)
+        halves.append(dict(half))
+        return half
 
-@pytest.mark.parametrize("G", [2, 3, 4])
-def test_over_all_possible_groups_the_measurements_average_to_the_truth(G):
-    """Gradient, corrected norm, cosine, signal share, Fisher trace E|grad log pi|^2; curvature,
-    where it can be had."""
-    model, truth, averages, first = LogLinear(2, 3), [], [], (G + 1) // 2
-    for p in range(2):
-        probs, scores, gradient, _ = model.closed_form(p)
-        average = 0.0
-        for actions in itertools.product(range(3), repeat=G):
-            found, halves = model.measured(p, actions), (actions[:first], actions[first:])
-            for own, other, value in zip(halves, halves[::-1], found["curvature"]):
-                alike = len({action == 0 for action in own}) == 1
-                assert math.isnan(value) == (alike or len(other) < 2)
-            A, B = (vector.double() for vector in found["vector"])
-            whole = (first * A + (G - first) * B) / G
-            values = torch.tensor([*found["fisher_half"], whole @ whole])
-            sums = torch.cat([whole, values, torch.outer(A, B).flatten()])
-            average += probs[list(actions)].prod() * sums
-        expected = torch.cat([gradient, (probs @ scores.square().sum(1)).expand(2)])
-        torch.testing.assert_close(average[:8], expected, rtol=1e-5, atol=1e-6)
-        truth.append(gradient)
-        averages.append(average)
-    x, y = truth
-    # By linearity these are the means of the products that gradient_geometry divides: x y, and as
-    # prompts are independent (x_A y_A)(x_B y_B), are traces of E[x_A x_B'] and of E[y_A y_B'].
-    moments = [average[9:].view(6, 6) for average in averages]
-    factor = 1 + 1 / (G - 1) ** 2
-    for moment, g in zip(moments, truth):
-        torch.testing.assert_close(moment, factor * torch.outer(g, g), rtol=1e-5, atol=1e-6)
-    squared = float((moments[0] * moments[1]).sum() / (moments[0].trace() * moments[1].trace()))
-    assert squared == pytest.approx(float((x @ y) ** 2 / (x @ x) / (y @ y)), rel=1e-5)
-    found, _ = grpo.gradient_geometry(torch.stack(truth), torch.stack(truth), G, [1, 2])
-    assert found["cos_sq_signal"] == pytest.approx(squared, rel=1e-5)
-    exact = float(2 * x @ y / (x @ x + y @ y))
-    assert found["cos_signal"] == pytest.approx(factor * exact, rel=1e-5)
-
-
-def test_cross_fitted_curvature_is_the_true_one_along_the_same_directions():
-    model, errors, truths = LogLinear(300, 5), [], []
-    torch.manual_seed(0)
-    for p in range(300):
-        probs, _, _, hessian = model.closed_form(p)
-        found = model.measured(p, torch.multinomial(probs, 16, replacement=True))
-        for v, curvature in zip(found["vector"], found["curvature"]):
-            if not math.isnan(curvature):
-                truths.append(float(v.double() @ hessian @ v.double() / v.double().square().sum()))
-                errors.append(curvature - truths[-1])
-    scaled = np.array(errors) * truths  # neither shifted nor scaled
-    assert within(errors, 0.0) and within(scaled, 0.0)
-    assert not within(scaled + np.square(truths), 0.0, 6)  # if all estimates were 0, it would show
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "measure_half", keep)
+        levels = levels or [0] * len(batch.prompts)
+        line, columns = grpo.measure(policy, batch, levels, config, optimizer)
+    return line, columns, halves
 
 
 @pytest.mark.parametrize(("dtype", "lora", "close"), [("float32", 0, 1e-5), ("bfloat16", 4, 0.1)])
-def test_what_is_measured_of_a_model_is_the_naive_value(dtype, lora, close):
-    """Halves' gradients, Fisher traces, and the exact Hessian-vector product in float64; adapters
-    start as nothing."""
-    config = settings("-", group=8, prompts=10, dtype=dtype, lora=lora)
-    policy, curvatures = grpo.load_policy(config), []
-    how = dict(dtype=config.dtype, attn_implementation="eager")
+def test_measure_half_is_the_naive_value(dtype, lora, close, monkeypatch):
+    """Of every half: its gradient, Fisher trace and, from probe_curvature, curvature within 1% of a
+    Hessian-vector product by double backward in float64. The error told in float32 is as large as
+    the true one, within a factor of ten."""
+    changes = dict(group=8, prompts=5, temperature=2.0, micro_batch=24, curvature=True)
+    config = grpo.resolve(settings("-", lora=lora, dtype=dtype, **changes))
+    policy = grpo.load_policy(config)
+    policy.eos_ids = [0, 19, 20, 21]  # so that completions are of unlike lengths
+    how = dict(dtype=dtype, attn_implementation="eager")
     plain = AutoModelForCausalLM.from_pretrained(LETTERS.model, **how)
-    both = [step_batch(x, 0, config) for x in (policy, grpo.load_policy(replace(config, lora=0)))]
-    assert torch.equal(*(x.tokens for x in both))
-    assert next(iter(policy.trained.values())).dtype == torch.float32
     torch.manual_seed(0)
-    for name, master in policy.masters.items():
+    for name, master in policy.masters.items():  # adapters start as nothing
         master.data += 0.05 * torch.randn(master.shape) * ("lora_B" in name)
     theta = {name: x.detach().double().requires_grad_() for name, x in policy.masters.items()}
     forward = naive_forward(plain.double(), theta)
 
-    def gradient(value, again: bool = False):
-        kept = dict(retain_graph=True, create_graph=again)
-        found = torch.autograd.grad(value, [*theta.values()], **kept)
+    def gradient(value, again=False):
+        found = torch.autograd.grad(value, [*theta.values()], retain_graph=True, create_graph=again)
         return torch.cat([g.flatten() for g in found])
 
     batch = step_batch(policy, 0, config)
-    for p, (r, logprobs) in enumerate(zip(batch.rewards, naive_logprobs(forward, batch))):
-        found = measure(policy, batch, p, config)
-        if r[:4].std() == 0:
-            continue
-        sums = torch.stack([values.sum() for values in logprobs])
-        halves = sums.view(2, 4), (r - (r.sum() - r) / 7).view(2, 4)
-        wanted = [gradient((A * s).mean()) for s, A in zip(*halves)]
-        assert all(relative_error(v, g) < close for v, g in zip(found["vector"], wanted))
-        fisher = [4 * float(gradient(s.mean()).square().sum()) for s in halves[0]]
-        assert found["fisher_half"] == pytest.approx(fisher, rel=2 * close)
-        v = found["vector"][0].double() / found["vector"][0].norm()
-        own = (r[4:] - r[4:].mean()) * 4 / 3
-        surrogate = (own * (sums[4:] - sums[4:].detach()).exp()).mean()
-        exact = float(gradient(gradient(surrogate, True) @ v) @ v)
-        curvatures.append((found["curvature"][0], exact))
-    found, wanted = np.array(curvatures).T
-    assert len(found) > 3 and np.corrcoef(found, wanted)[0, 1] > 0.999
-    assert np.median(np.abs(found - wanted) / np.abs(wanted).mean()) < 0.02
+    assert len(set(batch.lengths[:, 4:].flatten().tolist())) > 2  # so micro-batches reorder them
+    batch.old_logprobs = batch.logprobs * math.nan  # as after training on other rows
+    line, columns, halves = measure(policy, batch, config)
+    exact = []
+    naive = naive_logprobs(forward, batch, 2.0)
+    for i, half in enumerate(halves):
+        p, first = divmod(i, 2)
+        own = slice(0, 4) if first == 0 else slice(4, 8)
+        other = slice(4, 8) if first == 0 else slice(0, 4)
+        sums = torch.stack([values.sum() for values in naive[p]])
+        r = batch.rewards[p]
+        A = r - (r.sum() - r) / 7  # the others' mean
+        wanted = gradient((A * sums)[own].mean())
+        assert relative_error(half["vector"], wanted) < close or not r.std()
+        assert bool(half["vector"].any()) == bool(r.std())
+        fisher = 4 * float(gradient(sums[own].mean()).square().sum())
+        assert half["fisher_half"] == pytest.approx(fisher, rel=2 * close)
+        assert half["reward_std_half"] == pytest.approx(r[own].std(correction=0))
+        assert half["pass_rate_half"] == r[own].mean()
+        v = half["vector"].double() / (half["vector"].double().norm() or 1)
+        surrogate = (r[other] - r[other].mean()) * 4 / 3 * sums[other].detach().exp() ** -1
+        surrogate = (surrogate * sums[other].exp()).mean()
+        exact.append(float(gradient(gradient(surrogate, True) @ v) @ v) if r[other].std() else 0.0)
+        if r[own].std() == 0:
+            exact[-1] = math.nan
+    found = [half["curvature"] for half in halves]
+    np.testing.assert_allclose(found, exact, rtol=0.01, atol=1e-9)
+    assert np.isfinite(exact).sum() > 4
+    assert line["curvature"] == pytest.approx(np.nanmean(found))
+    for name in ("fisher_half", "pass_rate_half", "reward_std_half", "curvature"):
+        pairs = np.array([half[name] for half in halves], float).reshape(5, 2)
+        np.testing.assert_array_equal(np.array(columns[name], float), pairs)
+    monkeypatch.setattr(grpo, "SMALL", 0)  # so that it is done in float32
+    _, _, halves = measure(policy, batch, config)
+    errors = [half["curvature"] - x for half, x in zip(halves, exact)]
+    told = [half["curvature_error"] for half in halves]
+    ratio = [abs(error) / size for error, size in zip(errors, told) if size > 0]
+    assert len(ratio) > 3 and 0.1 < np.median(ratio) < 10
 
 
-def test_the_description_of_a_measured_step_by_hand():
-    """Gradients (1, 0) and (3, 4), of which the first half has 2 of 3 completions; hidden states
-    like them."""
-    vectors = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
-    apart = torch.tensor([[0.5, 2.0], [-1.0, -4.0]])
-    found = {"vector": [v + half for v in vectors for half in apart]}
-    line, columns = grpo.describe_measured(found, [*vectors], ["a", "b"], 3, True)
-    assert columns["grad_norm"].tolist() == pytest.approx([1, 5])
-    assert line["cos_signal_between"] == line["cos_signal"] and math.isnan(
-        line["cos_signal_within"]
+def test_measure_takes_features_levels_and_sketches(tmp_path, monkeypatch):
+    """Hidden states by the naive pass; with sketch_signs, cosines are close to the exact ones."""
+    policy = make_policy(make_model("llama"))
+    read_by = []
+    policy.model.lm_head.register_forward_pre_hook(lambda _, x: read_by.append(x[0]))
+    features = []
+    for prompt in PROMPTS:
+        policy.model(tensor([prompt]))
+        features.append(read_by[-1][0].mean(0).detach())
+    features = torch.stack(features)
+    found = grpo.prompt_features(policy, PROMPTS)
+    torch.testing.assert_close(found, features, rtol=0, atol=1e-5)
+    batch = sample_batch(policy)
+    config = Config(group=5, curvature=False)
+    line, columns, halves = measure(policy, batch, config, ["a", "b", "a", "a"])
+    assert "curvature" not in line and not {"curvature", "fisher_half"} & columns.keys()
+    centred = features - features.mean(0)
+    for name, x in (("feature_cos", features), ("feature_cos_centered", centred)):
+        unit = x / x.norm(dim=1, keepdim=True)
+        cosines = (unit @ unit.T)[~torch.eye(4).bool()]
+        assert line[name] == pytest.approx(float(cosines.abs().mean()), rel=1e-4)
+    vectors = torch.stack([half["vector"] for half in halves]).double()
+    expected, _ = gradient_geometry(vectors[::2], vectors[1::2], 5, ["a", "b", "a", "a"])
+    assert {key: line[key] for key in expected} == pytest.approx(expected, nan_ok=True)
+    monkeypatch.setattr(grpo, "SMALL", 0)
+    torch.manual_seed(1)
+    sketched, _, halves = measure(policy, batch, config)
+    assert len(halves[0]["vector"]) == grpo.SKETCH
+    for name in ("cos_mean", "cos_std", "signal_share"):
+        assert sketched[name] == pytest.approx(line[name], abs=0.02)
+    policy.model.forward = lambda *_, **__: SimpleNamespace(logits=None)
+    assert grpo.prompt_features(policy, PROMPTS).isnan().all()
+
+
+def test_measure_does_not_depend_on_the_advantages(tmp_path, monkeypatch):
+    """Geometry, curvature and Fisher stay as they are if the update takes three times those."""
+    changes = BRIEF | dict(steps=1, measure_every=1, agg="mean", kl=0.1, prompts=6, epochs=2)
+    changes |= dict(optimizer="sgd", lr=1.0)  # it is measured before the first update
+    levels = []
+    geometry = grpo.gradient_geometry
+    monkeypatch.setattr(grpo, "gradient_geometry", lambda *x: levels.append(x[3]) or geometry(*x))
+    run(tmp_path / "one", **changes)
+    monkeypatch.setattr(grpo, "group_advantages", lambda *x: 3 * group_advantages(*x))
+    run(tmp_path / "three", **changes)
+    one, three = (read(tmp_path / name)[0] for name in ("one", "three"))
+    assert three.pop("grad_norm") > 2 * one.pop("grad_norm")
+    own = {"logprob_gap", "clipped", "length_taken"}
+    assert all(one[key] == three[key] for key in one.keys() - own) and "curvature" in one
+    rows, others = (read(tmp_path / name, "prompts.jsonl") for name in ("one", "three"))
+    assert rows == others and "fisher_half" in rows[0]
+    assert levels[0] == [row["level"] for row in rows] and len(set(levels[0])) > 1
+
+
+# ------------------------------------- files and resumption ---------------------------------------
+
+
+def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
+    """Four prompts, of which the first alone has completions that are trained on."""
+    config = settings(tmp_path, max_grad_norm=2.5, steps=20)
+    problems = [Problem("q", "a", level, []) for level in "wxyz"]
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    state = SimpleNamespace(config=config, problems=problems, optimizer=optimizer, step=3)
+    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: 100.0))
+    clock = 20.0, 96.5, 98.0  # of the run, the step, its update: 80 s for 5 steps, 12 are left
+    lengths = tensor([[1, 3], [2, 2], [1, 1], [2, 2]])
+    inside = torch.arange(3) < lengths[..., None]
+    batch = SimpleNamespace(tokens=torch.zeros(4, 2, 3), lengths=lengths, prompts=[[0]] * 4)
+    batch.rewards = tensor([[1.0, 0.5], [1, 1], [1, 1], [0, 0]])
+    batch.entropy = 0.5 * inside
+    batch.entropy[0, 1] = 2.5
+    batch.truncated = lengths == 3
+    batch.logprobs = torch.full((4, 2, 3), -1.0) * inside
+    batch.old_logprobs = torch.where(inside, batch.logprobs, -9.0)  # beyond the end nothing counts
+    batch.old_logprobs[0, 1, 2] = -1.25
+    batch.old_logprobs[1:] = math.nan  # not trained on
+    active = tensor([[True, True], [False] * 2, [False] * 2, [False] * 2])
+    measured = {"cos_mean": 0.25}, {"prompt_grad_norm": tensor([1.0, 2, 3, math.nan])}
+    evaluation = {"eval_reward": 0.125}, [{"question": "é"}]
+    norms = [1.0, 3.0]
+    ids = [2, 0, 3, 2]
+
+    def log(step=7, norms=norms, evaluation=evaluation, measured=measured):
+        grpo.log_step(state, step, ids, batch, active, norms, clock, measured, evaluation)
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])
+
+    line = log()
+    expected = dict(step=7, reward=5.5 / 8, pass_rate=5 / 8, reward_std=1 / 16, lr=0.5)
+    expected |= dict(
+        frac_all_right=1 / 2, frac_all_wrong=1 / 4, entropy=(7.5 + 0.5 * 11) / 14, length=14 / 8
     )
-    assert [line["feature_cos"], line["feature_cos_centered"]] == pytest.approx([0.6, 1.0])
+    expected |= dict(truncated=1 / 8, grad_norm=2, clipped=True, skipped=0, logprob_gap=0.25)
+    expected |= dict(seconds_rollout=1.5, seconds_update=2.0, tokens_per_second=4.0)
+    assert line == pytest.approx(expected | measured[0] | evaluation[0])
+    rows = read(tmp_path, "prompts.jsonl")
+    scale = 1 / (0.25 + 1e-6)
+    assert rows[0] == dict(step=7, prompt=2, level="y", pass_rate=0.5, reward_std=0.25,
+                           scale=pytest.approx(scale), prompt_grad_norm=1)  # fmt: skip
+    assert [row["level"] for row in rows] == ["y", "w", "z", "y"]
+    assert [row["scale"] for row in rows[1:]] == [0, 0, 0] and rows[3]["prompt_grad_norm"] is None
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 7, "question": "é"}\n'
+    shown = "step     7/20  reward 0.688  σ 0.062  cut off 12%  3.2 min left  held out 0.125\n"
+    assert capsys.readouterr().out == shown
+    line = log(norms=[2.0, math.nan], measured=None, evaluation=None)
+    assert (line["clipped"], line["skipped"], line["grad_norm"]) == (False, 1, None)
+    assert len(read(tmp_path, "samples.jsonl")) == 1 and "cos_mean" not in line
+    batch.old_logprobs[0, 0, 0] = math.nan  # of one that is trained on
+    assert log()["logprob_gap"] is None
+    active[:] = False
+    assert log()["logprob_gap"] is None
+    rates = grpo.pass_rates(tensor([[0.0, 1.0, 0.5, 1.0], [0.0, 2.0, 1.0, 1.0], [-1.0, 1, 1, 1]]))
+    np.testing.assert_equal(rates.numpy(), [0.5, math.nan, math.nan])
 
 
-# ---------------------------------------------- runs ----------------------------------------------
+def test_train_leaves_logs_checkpoint_model_and_settings(whole):
+    """That save_checkpoint, as save_or_stop calls it, log_step and finish write."""
+    out = whole[0]
+    assert {x.name for x in out.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
+    metrics = read(out)
+    evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
+    assert [row["step"] for row in metrics] == list(range(13))
+    assert [row["step"] for row in metrics if evaluation <= row.keys()] == [0, 4, 8, 12]
+    assert [row["step"] for row in metrics if "curvature" in row] == [0, 4, 8]
+    assert metrics[12].keys() == evaluation | {"step"}
+    samples = read(out, "samples.jsonl")
+    assert [row["step"] for row in samples] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4
+    assert all(row["reward"] == parity(row["completion"], row["answer"]) for row in samples)
+    config = grpo.resolve(settings(out, **WHOLE))
+    problems, held_out = grpo.load_problems(config, None, parity)
+    assert [row["question"] for row in samples[:4]] == [question for question, *_ in held_out]
+    rows = read(out, "prompts.jsonl")
+    ids = [i for step in range(12) for i in grpo.prompt_ids(step, config, len(problems))]
+    assert [row["prompt"] for row in rows] == ids
+    assert [row["level"] for row in rows] == [problems[i][0][0] for i in ids]  # its letter
+    with safe_open(out / grpo.CHECKPOINT, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+        assert file.get_tensor("step.transformer.wte.weight") == 12
+    sizes = {name: (out / name).stat().st_size for name in grpo.LOGS}
+    given = asdict(replace(config, curvature=True))
+    assert state["config"] == json.loads((out / "config.json").read_text()) == given
+    assert state["step"] == 12 and all(0 < state["logs"][name] <= sizes[name] for name in sizes)
+    assert AutoTokenizer.from_pretrained(out / "model")("e+7=").input_ids == [71, 13, 25, 31]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """The run that others are compared with."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run(out)
-    return out
+def test_train_says_how_long_is_left_and_measures_its_time(tmp_path, monkeypatch, capsys):
+    ticks = itertools.count(20, 20)  # of a step three: began, sampled, updated
+    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    run(tmp_path, **BRIEF | dict(steps=4))
+    shown = capsys.readouterr().out
+    left = re.findall(r"([\d.]+) min left", shown)
+    assert left == ["2.0", "1.7", "0.9", "0.0"]  # 3 steps at 40 s, 2 at 100/2, 1 at 160/3
+    assert "letters: 511 problems, reward parity, at most 6 new tokens; norm std, adamw" in shown
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+    assert line["seconds_rollout"] == line["seconds_update"] == 20
+    assert line["tokens_per_second"] == pytest.approx(line["length"] * 15 / 40)
 
 
-def assert_same_run(out, other) -> None:
+def at_call(number, act):
+    """The reward, which at its call of this number acts first."""
+    calls = itertools.count(1)
+
+    def reward(*texts):
+        if next(calls) == number:
+            act()
+        return parity(*texts)
+
+    return reward
+
+
+def assert_same_run(out, other):
     """Logs, weights and moments of the one equal those of the other, to the bit."""
     assert all(read(out, name) == read(other, name) for name in grpo.LOGS)
     ours, theirs = (load_file(Path(path) / grpo.CHECKPOINT) for path in (out, other))
@@ -797,187 +1045,63 @@ def assert_same_run(out, other) -> None:
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-KEYS = """step reward pass_rate reward_std frac_all_right frac_all_wrong entropy length truncated
-    grad_norm clipped skipped logprob_gap lr"""
-MEASURES = """n_gradients cos_mean cos_std cos_positive cos_small interference signal_share
-    cos_signal cos_sq_signal cos_signal_within cos_sq_signal_within cos_signal_between
-    cos_sq_signal_between feature_cos feature_cos_centered"""
-PROBES = ["curvature", "reward_std_half", "pass_rate_half", "fisher_half"]
-
-
-def test_the_advantages_decide_the_update_of_a_measured_step_too(tmp_path, monkeypatch):
-    """Others in their place, of the sizes 0 to 14: they are those of its gradient."""
-    A = torch.arange(15.0).view(3, 5) - 7
-    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, norm: A)
-    changes = BRIEF | dict(steps=1, optimizer="sgd", lr=1.0, max_grad_norm=0)
-    run(tmp_path, probe_every=1, **changes)
-    policy = grpo.load_policy(config := settings(tmp_path, **changes))
-    before, batch = flat(policy.masters.values()), step_batch(policy, 0, config)
-    now = naive_logprobs(policy.model, batch)
-    loss = sum(A[p, g] / 15 * now[p][g].sum() for p in range(3) for g in range(5))
-    gradient = flat(torch.autograd.grad(loss, [*policy.trained.values()]))
-    moved = weights(tmp_path, policy.masters) - before
-    assert relative_error(moved, 0.1 * gradient) < 1e-4 and "curvature" in read(tmp_path)[0]
-
-
-def test_a_run_may_go_on_where_auto_means_another_dtype_and_from_when_it_was_stored(tmp_path):
-    run(tmp_path, steps=2, dtype="auto", **BRIEF | UNMEASURED)
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "auto"
-    path = tmp_path / grpo.CHECKPOINT
-    with safe_open(path, "pt") as file:
-        state, tensors = json.loads(file.metadata()["state"]), load_file(path)
-    state["config"]["dtype"] = "bfloat16"  # as a run on CUDA had it
-    save_file(tensors, path, {"state": json.dumps(state)})
-    with pytest.raises(InputError, match="other settings.*dtype.*bfloat16.*float32"):
-        run(tmp_path, steps=3, dtype="float32", resume=True, **BRIEF | UNMEASURED)
-    run(tmp_path, steps=3, dtype="auto", resume=True, **BRIEF | UNMEASURED)
-
-
-def test_without_hidden_states_a_run_has_no_feature_cosines(tmp_path, monkeypatch):
-    extend = grpo.extend
-
-    def without(*args, **options):
-        return SimpleNamespace(logits=extend(*args, **options).logits)
-
-    monkeypatch.setattr(grpo, "extend", without)
-    run(tmp_path, steps=1, **BRIEF)
-    line, last = read(tmp_path)
-    assert line["feature_cos"] is line["feature_cos_centered"] is None
-    assert line["cos_mean"] is not None
-
-
-def test_what_a_run_leaves(whole):
-    assert {x.name for x in whole.iterdir()} == {*grpo.LOGS, "config.json", "checkpoint", "model"}
-    metrics, samples = read(whole), read(whole, "samples.jsonl")
-    evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
-    always = {*KEYS.split(), *MEASURES.split()}
-    assert set(metrics[1]) == always == set(metrics[8]) - evaluation - {"curvature"}
-    assert set(metrics[10]) == evaluation | {"step"}
-    assert [row["step"] for row in metrics] == list(range(11))
-    assert [row["step"] for row in metrics if evaluation & set(row)] == [0, 4, 8, 10]
-    assert len(samples) == 16
-    assert set(samples[0]) == {"step", "question", "completion", "answer", "reward"}
-    assert all(row["reward"] == parity(row["completion"], row["answer"]) for row in samples)
-    model = dict(AutoModelForCausalLM.from_pretrained(whole / "model").named_parameters())
-    assert torch.equal(flat(model.values()), weights(whole, model))
-    lines, rows = pd.DataFrame(metrics), pd.DataFrame(read(whole, "prompts.jsonl"))
-    lines, std = lines[:-1], (rows.pass_rate * (1 - rows.pass_rate)) ** 0.5
-    steps = rows.assign(mixed=std > 0, square=rows.grad_norm**2).groupby("step")
-    share, count = steps.grad_sq_signal.sum() / steps.square.sum(), steps.mixed.sum()
-    for name, expected in (
-        (rows.reward_std, std),
-        (rows.scale, np.where(std > 0, 1 / (std + 1e-6), 0)),
-        (lines.pass_rate, steps.pass_rate.mean()),
-        (lines.frac_all_right, steps.pass_rate.apply(lambda rates: (rates == 1).mean())),
-        (lines.frac_all_wrong, steps.pass_rate.apply(lambda rates: (rates == 0).mean())),
-        (lines.n_gradients, count),
-        (lines.signal_share, share.where(count > 1)),
-    ):
-        np.testing.assert_allclose(name.astype(float), expected, rtol=1e-6, atol=1e-9)
-    assert ((rows.grad_norm > 0) == (std > 0)).all()
-    probed = rows[rows.step % 4 == 0]
-    assert rows[PROBES].notna().all(axis=1).equals(rows.step % 4 == 0)
-    found, deviations, rates = (np.array(probed[name].tolist(), float) for name in PROBES[:3])
-    np.testing.assert_allclose(rates @ [0.6, 0.4], probed.pass_rate)
-    np.testing.assert_allclose(deviations, (rates - rates**2) ** 0.5)
-    np.testing.assert_allclose(lines.curvature[::4], [np.nanmean(x) for x in found.reshape(3, 6)])
-
-
-def test_the_progress_line_says_how_long_is_left(tmp_path, monkeypatch, capsys):
-    ticks = itertools.count(20, 20)  # of a step three: began, sampled, updated
-    monkeypatch.setattr(grpo, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    run(tmp_path, **SETTINGS | UNMEASURED | BRIEF | dict(steps=4))
-    left = re.findall(r"([\d.]+) min left", capsys.readouterr().out)
-    assert left == ["2.0", "1.7", "0.9", "0.0"]  # 3 steps at 40 s, 2 at 100/2, 1 at 160/3
-
-
-def test_what_depends_on_neither_norm_nor_measuring(whole, tmp_path, monkeypatch):
-    """Prompts and the first rollouts; the probe changes no gradient, and sketched cosines are
-    close."""
-    run(tmp_path / "none", norm="none", **UNMEASURED)
-    monkeypatch.setattr(grpo, "SMALL", 0)
-    run(tmp_path / "sketch", geometry_every=1, probe_every=0)
-    paths = (whole, tmp_path / "none", tmp_path / "sketch")
-    std, none, sketch = (pd.DataFrame(read(out)[:-1]) for out in paths)
-    prompts = [[row["prompt"] for row in read(out, "prompts.jsonl")] for out in paths]
-    assert prompts[0] == prompts[1] and "cos_mean" not in none and "curvature" not in sketch
-    for key in ("reward", "entropy", "length", "eval_reward"):
-        assert none[key][0] == std[key][0]
-    assert none.grad_norm[0] != std.grad_norm[0] and none.entropy[9] != std.entropy[9]
-    np.testing.assert_allclose(sketch.cos_mean, std.cos_mean, atol=0.02)
-    ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in paths[::2])
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def at_call(number: int, act):
-    """The reward, which at its call of this number acts first."""
-    calls = itertools.count(1)
-    return lambda *texts: (next(calls) == number and act()) or parity(*texts)
-
-
-RECEIVED = []  # signals
-INTERRUPTED = [
-    ({}, 40 + 75 + 40 + 33, sys.exit, 7),
-    ({}, 40 + 2 * 15 + 7, lambda: RECEIVED.append(signal.SIGTERM), 3),
-    (dict(optimizer="sgd", lora=4, steps=4), 60, sys.exit, 1),
-]
-
-
-@pytest.mark.parametrize(("changes", "call", "act", "steps"), INTERRUPTED)
-def test_an_interrupted_run_resumes_to_the_bit(whole, changes, call, act, steps, tmp_path):
-    """At a reward, of 40 an evaluation and 15 a step; or, after a signal, between two steps."""
-    out, other = tmp_path / "run", tmp_path / "whole" if changes else whole
-    if changes:
-        run(other, **changes)
-    RECEIVED.clear()
-    with pytest.raises((SystemExit, RunError)) as stopped:
-        run(out, at_call(call, act), RECEIVED, **changes)
-    said = stopped.value
-    assert not RECEIVED or said.status == 143 and "add --resume" in str(said)
-    assert len(read(out)) == steps
-    with (out / "metrics.jsonl").open("a") as file:
+def test_resume_after_a_crash_is_the_same_run_to_the_bit(whole, tmp_path):
+    """In bfloat16, which is not asked for again, and with KL to the start policy. A reward fails in
+    step 1, of which the logs began after the checkpoint, and in step 6, two after another."""
+    for call, steps in ((8 + 15 + 7, 1), (2 * 8 + 6 * 15 + 7, 6)):
+        with pytest.raises(SystemExit):  # of evaluations with 8 rewards, and of 15 a step
+            run(tmp_path, at_call(call, sys.exit), resume=steps > 1, **WHOLE)
+        assert len(read(tmp_path)) == steps
+    with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')  # killed while writing
-    run(out, resume=True, **changes)
-    assert_same_run(out, other)
+    run(tmp_path, resume=True, **WHOLE | dict(dtype=None))
+    assert_same_run(tmp_path, whole[0])
 
 
-def test_a_run_survives_its_beginning_a_full_disk_and_its_end(whole, tmp_path, capsys, monkeypatch):
-    """It begins anew where none began, a full disk is one line and costs nothing, and it goes on
-    when finished."""
+def test_resume_after_a_signal_a_full_disk_and_a_changed_schedule(tmp_path, capsys, monkeypatch):
+    """With adapters. A full disk is one line and costs nothing. Some settings may differ."""
+    changes = BRIEF | dict(save_every=2, steps=5, lora=4)
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "state.tmp").write_text("half a checkpoi")  # killed while it began
-    run(tmp_path, steps=5)
-    monkeypatch.setitem(grpo.TASKS, "letters", LETTERS._replace(reward=parity))
-    checkpoint, former = tmp_path / grpo.CHECKPOINT, resource.getrlimit(resource.RLIMIT_FSIZE)
+    received = []
+    with pytest.raises(RunError, match="^SIGTERM: add --resume to continue$") as stopped:
+        run(tmp_path, at_call(2 + 7, lambda: received.append(signal.SIGTERM)), received, **changes)
+    assert stopped.value.status == 143 and len(read(tmp_path)) == 1
+    checkpoint = tmp_path / grpo.CHECKPOINT
     first = checkpoint.read_bytes()
+    monkeypatch.setitem(grpo.TASKS, "letters", LETTERS._replace(reward="parity"))
+    monkeypatch.setitem(grpo.REWARDS, "parity", parity)
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) // 2, former[1]))
-    status = command(settings(tmp_path, resume=True))
+    status = command(settings(tmp_path, **changes | dict(resume=True)))
     resource.setrlimit(resource.RLIMIT_FSIZE, former)
     error = capsys.readouterr().err
     assert status == 1 and re.search("^grpo.py: stopped: .*File too large.*\n\\Z", error, re.M)
     assert checkpoint.read_bytes() == first and list(checkpoint.parent.iterdir()) == [checkpoint]
-    run(tmp_path, resume=True, save_every=7)
-    assert_same_run(tmp_path, whole)
-    # After running out of memory, say.
-    run(tmp_path, resume=True, steps=11, micro_batch=6, eval_every=3)
-    assert [row["step"] for row in read(tmp_path) if "eval_reward" in row] == [0, 4, 8, 11]
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    allowed = dict(micro_batch=6, eval_every=3, save_every=7, measure_every=2, curvature=False)
+    run(moved, resume=True, **changes | allowed)
+    run(tmp_path, **changes)
+    rewards = [[line.get("reward") for line in read(out)] for out in (moved, tmp_path)]
+    assert rewards[0] == rewards[1]
+    assert [line["step"] for line in read(moved) if "eval_reward" in line] == [0, 3, 5]
+    ours, theirs = (load_file(out / grpo.CHECKPOINT) for out in (moved, tmp_path))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-4
 
 
-FOREIGN = {"state": json.dumps({"step": 1, "logs": {}, "config": {}})}
-
-
-def cut(name: str, size: int):
+def cut(name, size):
     return lambda out: os.truncate(out / name, size)
 
 
-def exchange(out: Path) -> None:
-    save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, FOREIGN)
+def exchange(out):
+    state = {"state": json.dumps({"step": 1, "logs": {}, "config": {}})}
+    save_file({"a": torch.ones(1)}, out / grpo.CHECKPOINT, state)
 
 
 HARM = [  # what happens to the files, settings of the resuming run, what is said
     (None, dict(resume=False), "holds a run: add --resume to continue it, or --out OTHER_DIR"),
-    (None, dict(norm="none", lr=2e-3), "other settings.*norm.*'std'.*'none'.*lr.*0.001.*0.002"),
-    (None, dict(steps=3), "10 steps are done, over --steps 3"),
+    (os.remove, dict(resume=False), "holds a run"),  # but for its checkpoint
+    (None, dict(steps=3), "12 steps are done, over --steps 3"),
     (cut(grpo.CHECKPOINT, 99_999), {}, "state.safetensors: "),
     (exchange, {}, "state.safetensors: .* tensor"),
     (cut("prompts.jsonl", 50), {}, "prompts.jsonl is shorter"),
@@ -985,220 +1109,134 @@ HARM = [  # what happens to the files, settings of the resuming run, what is sai
 
 
 @pytest.mark.parametrize(("harm", "changes", "message"), HARM)
-def test_what_cannot_be_resumed_is_named_and_left_as_it_is(whole, tmp_path, harm, changes, message):
-    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+def test_resume_refuses_and_leaves_as_it_is(whole, tmp_path, harm, changes, message):
+    copy = Path(shutil.copytree(whole[0], tmp_path / "copy"))
     if harm:
-        harm(copy)
+        harm(copy / grpo.CHECKPOINT if harm == os.remove else copy)
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=message):
-        run(copy, **dict(resume=True) | changes)
+        run(copy, **WHOLE | dict(resume=True) | changes)
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
-def command(arguments) -> int:
-    """Exit status of the command line, of these arguments or settings."""
-    if isinstance(arguments, Config):
-        options = {key.replace("_", "-"): value for key, value in asdict(arguments).items()}
-        arguments = [f"--{key}={value}" for key, value in options.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
-        try:
-            return grpo.main(arguments)
-        except SystemExit as end:
-            return end.code
-
-
-FIVE = pytest.raises(RunError, match="5 steps in a row")
-
-
-@pytest.mark.parametrize(("last", "ends"), [(2, nullcontext()), (6, FIVE)])
-def test_spoiled_logits_skip_the_step_and_five_in_a_row_end_the_run(
-    last, ends, tmp_path, monkeypatch
-):
-    sample, rows, steps = grpo.sample_tokens, grpo.prompt_rows, [0]
-
-    def spoiled(logits, *more):
-        return sample(logits * (math.nan if 2 <= steps[-1] <= last else 1), *more)
-
-    def counted(step, *more):
-        return steps.append(step) or rows(step, *more)
-
-    monkeypatch.setattr(grpo, "prompt_rows", counted)
-    monkeypatch.setattr(grpo, "sample_tokens", spoiled)
-    with ends:
-        run(tmp_path, steps=8, eval_every=0)
-    log = [row for row in read(tmp_path) if "skipped" in row]
-    assert [row["step"] for row in log if row["skipped"]] == [*range(2, last + 1)]
-    assert all((row["grad_norm"] is row["entropy"] is None) == row["skipped"] for row in log)
-    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / grpo.CHECKPOINT).values())
-
-
-FAILING = [
-    (lambda *_: 1 / 0, "division by zero"),
-    (lambda *_: math.nan, "finite"),
-    (lambda *_: None, "TypeError"),
-]
-
-
-@pytest.mark.parametrize(("reward", "message"), FAILING)
-def test_a_reward_that_fails_names_completion_and_answer(reward, message, tmp_path):
-    with pytest.raises(RunError, match=f"{message}.*'[0-9]*'.*answer='[0-9]{{3}}'"):
-        run(tmp_path, reward)
-
-
-def test_rewards_outside_zero_and_one_have_no_pass_rate(tmp_path):
-    run(tmp_path, lambda *x: 3 * parity(*x) - 1, steps=1, eval_problems=4)
-    line, final = read(tmp_path)
-    assert line["pass_rate"] is line["eval_pass_rate"] is final["eval_greedy"] is None
-    samples = read(tmp_path, "samples.jsonl")[:4]
-    assert line["eval_reward"] == np.mean([row["reward"] for row in samples])
-    rates = grpo.pass_rates(torch.tensor([[0.0, 1.0, 0.5, 1.0], [0.0, 2.0, 1.0, 1.0]]))
-    np.testing.assert_equal(rates.numpy(), [0.5, math.nan])
+def test_load_checkpoint_refuses_other_settings(whole):
+    """All but those that change nothing in what is trained."""
+    config = grpo.resolve(settings(whole[0], resume=True, **WHOLE))
+    may_change = {"steps", "eval_every", "save_every", "micro_batch", "device", "out", "resume"}
+    may_change |= {"measure_every", "curvature"}
+    for field in fields(Config):
+        if field.name not in may_change:
+            with pytest.raises(InputError, match=f"other settings.*'{field.name}': .*, 'other'"):
+                grpo.load_checkpoint(
+                    SimpleNamespace(config=replace(config, **{field.name: "other"}))
+                )
 
 
 # ------------------------------------------- processes --------------------------------------------
 
+# A fork has all imports; but not of a process that has a GPU, nor on macOS.
+FORK = sys.platform == "linux" and not torch.cuda.is_available()
+CONTEXT = get_context("fork" if FORK else "spawn")
 
-def process(config: Config, rank: int, size: int, port: int, death: int) -> None:
+
+def process(config, rank, size, port, death, small):
     """One of the processes that torchrun would start; the last may die, at a call of its reward."""
     where = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), **where)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    death = death if rank == size - 1 else -1
-    reward = at_call(death, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    grpo.TASKS["letters"] = LETTERS._replace(reward=reward)
+    grpo.SMALL = small
+    grpo.REWARDS["exact_match"] = parity
+    if rank == size - 1:
+        grpo.REWARDS["exact_match"] = at_call(death, lambda: os.kill(os.getpid(), signal.SIGKILL))
     sys.exit(command(config))
 
 
-# Forks from a process that has imported torch, and done no more.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_grpo", "peft"])
-
-
-@pytest.fixture(scope="session", autouse=True)
-def server(request) -> None:
-    """The process from which others fork starts at once: its imports run beside the first tests."""
-    if len(request.session.items) > 1:
-        multiprocessing.forkserver.ensure_running()
-
-
-def start(config: Config, size: int = 1, death: int = -1) -> list:
+def start(config, size=1, death=-1, small=grpo.SMALL):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    each = [(config, rank, size, port, death) for rank in range(size)]
-    processes = [SERVER.Process(target=process, args=arguments) for arguments in each]
+    each = [(config, rank, size, port, death, small) for rank in range(size)]
+    processes = [CONTEXT.Process(target=process, args=arguments) for arguments in each]
     for one in processes:
         one.start()
     return processes
 
 
-def statuses(processes) -> list[int]:
+def statuses(processes):
     for each in processes:
         each.join(120)
         each.kill()
     return [each.exitcode for each in processes]
 
 
-@slow
-def test_killed_at_random_moments_a_run_resumes_to_the_bit(tmp_path):
-    """SIGKILL at seeded moments, until 50 have hit; a checkpoint at every second step."""
-    config, kills = settings(tmp_path / "whole", save_every=2, steps=20), 50
-    assert statuses(start(replace(config, steps=0))) == [0]  # with all that there is to prepare
-    began = time.perf_counter()
-    assert statuses(start(replace(config, resume=True))) == [0]
-    length, rng = time.perf_counter() - began, np.random.default_rng(kills)
-    while kills:
-        out, status = tmp_path / str(kills), None
-        while status is None:
-            resume = (out / grpo.CHECKPOINT).exists()
-            (running,) = start(replace(config, out=str(out), resume=resume))
-            running.join(rng.uniform(0, length) if kills else None)
-            status, kills = running.exitcode, kills - (running.exitcode is None)
-            running.kill()
-            running.join()
-        assert status == 0
-        assert_same_run(out, config.out)
-        shutil.rmtree(out)
-
-
-def assert_like(out, other) -> None:
+def assert_like(out, other):
     """The same tokens at every step, so the same logs but for rounding, and the same weights."""
     assert read(out, "samples.jsonl") == read(other, "samples.jsonl")
-    exact = {"reward", "length", "prompt", "pass_rate"}
-    compared = {*KEYS.split(), *MEASURES.split(), *exact, "grad_sq_signal"} - {"logprob_gap"}
     for name in grpo.LOGS[:2]:
-        ours, theirs = (pd.DataFrame(read(path, name)) for path in (out, other))
-        for key in compared & {*theirs}:
-            a, b = (x[key].astype(float) for x in (ours, theirs))
-            np.testing.assert_allclose(a, b, *((1e-12, 0) if key in exact else (1e-2, 1e-4)))
+        ours, theirs = (read(path, name) for path in (out, other))
+        for line, expected in zip(ours, theirs, strict=True):
+            assert line.keys() == expected.keys()
+            for key in line.keys() - {"level", "logprob_gap", "curvature", "curvature_error"}:
+                a, b = (np.array(x[key], float) for x in (line, expected))
+                np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4, err_msg=key)
     ours, theirs = (load_file(path / grpo.CHECKPOINT) for path in (out, other))
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in theirs) < 1e-5
 
 
-SHARED_OUT = dict(steps=5, prompts=4, optimizer="sgd", lr=0.1, probe_every=2)
-MORE = [
-    dict(norm="none", agg="mean", probe_every=-1),
-    dict(norm="var", kl=0.1, epochs=2, probe_every=-1),
-    dict(lora=4, lr=1.0),
-]
+SHARED_OUT = dict(steps=3, prompts=4, optimizer="sgd", lr=0.1, measure_every=2, save_every=1)
 
 
-@slow
-@pytest.mark.parametrize("changes", MORE)
-def test_the_number_of_processes_changes_nothing(changes, tmp_path):
-    run(tmp_path / "1", **SHARED_OUT | changes)
-    for size in (2, 3):
-        out = tmp_path / str(size)
-        assert {*statuses(start(settings(out, **SHARED_OUT | changes), size))} == {0}
-        assert_like(out, tmp_path / "1")
-
-
-def test_a_process_that_dies_ends_the_others_and_another_number_goes_on(tmp_path, monkeypatch):
-    """Of 3 the last dies in step 3, after 2 * 7 rewards of the evaluation and 3 * 10 of steps."""
-    changes = SHARED_OUT | dict(norm="batch", agg="token", save_every=2)
+def test_train_with_processes_of_which_one_dies_resumes_with_another_number(tmp_path, monkeypatch):
+    """Gradients are sketched, with one set of signs. Of 3 the last dies in step 1, after 2 * 4
+    rewards of the evaluation and 10 of a step; the others end."""
+    changes = BRIEF | SHARED_OUT | dict(norm="batch", agg="token", eval_problems=12)
     config = settings(tmp_path / "run", **changes)
-    processes = start(config, 3, death=14 + 30 + 5)
+    monkeypatch.setattr(grpo, "SMALL", 1000)
+    processes = start(config, 3, death=8 + 10 + 5, small=1000)
     run(tmp_path / "whole", **changes)  # meanwhile
     assert statuses(processes) == [1, 1, -signal.SIGKILL]
-    assert len(read(tmp_path / "run")) == 3
-    assert statuses(start(replace(config, resume=True), 2)) == [0, 0]
+    assert len(read(tmp_path / "run")) == 1
+    assert statuses(start(replace(config, resume=True), 2, small=1000)) == [0, 0]
     assert_like(tmp_path / "run", tmp_path / "whole")
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(InputError, match="4 prompts a step are too few for 5 processes"):
         run(tmp_path / "other", **changes)
 
 
-def test_an_unexpected_error_keeps_its_traceback_and_a_lost_process_is_one_line(monkeypatch):
+def test_share_gather_and_everyone_by_hand(tmp_path, monkeypatch):
+    """Of three processes, each of which has the same; a lost one is one line."""
+    rank = [0]
+
+    def all_gather_object(lists, value):
+        lists[:] = [value] * 3
+
+    pretended = dict(
+        is_initialized=lambda: True, get_rank=lambda: rank[0], get_world_size=lambda: 3
+    )
+    pretended["all_gather_object"] = all_gather_object
+    monkeypatch.setattr(grpo, "dist", SimpleNamespace(**pretended))
+    shares = []
+    for rank[0] in range(3):
+        shares.append([*grpo.share(8)])
+        assert grpo.is_first() == (rank[0] == 0)
+    assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    assert grpo.gather([1, 2]) == [1, 2, 1, 2, 1, 2]
+    shared = grpo.everyone(tensor([[1.0], [2.0]]))
+    assert shared.tolist() == [[1], [2]] * 3 and shared.dtype == torch.float64
+    grpo.append(SimpleNamespace(config=Config(out=str(tmp_path))), "log", [{}])
+    assert not (tmp_path / "log").exists()  # by the first process alone
+
     def fail(*_, **__):
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     with pytest.raises(RunError, match="another process has stopped: Connection closed by peer"):
         grpo.collective(fail)
     monkeypatch.setattr(grpo, "train", fail)
-    with pytest.raises(RuntimeError, match="^Connection closed by peer$"):
+    with pytest.raises(RuntimeError, match="^Connection closed by peer$"):  # with its traceback
         command([])
 
 
-def test_each_process_evaluates_its_share_in_batches_of_its_share(tmp_path, monkeypatch):
-    config, sizes, rollout = settings(tmp_path, prompts=2, group=4), [], grpo.rollout
-
-    def counted(policy, prompts, *more):
-        sizes.append(len(prompts))
-        return rollout(policy, prompts, *more)
-
-    policy = grpo.load_policy(config)
-    monkeypatch.setattr(grpo, "rollout", counted)
-    problems = grpo.encode_problems(grpo.load_rows(LETTERS.test, False)[:9], policy, config)
-    whole, samples = grpo.evaluate(policy, problems, range(9), 1, parity, config)
-    monkeypatch.setattr(grpo, "gather", lambda part: part)
-    grpo.evaluate(policy, problems, range(4, 9), 2, parity, config)
-    assert sizes == [8, 1] * 2 + [4, 1] * 2 and len(samples) == 4
-    assert whole["eval_pass_rate"] == whole["eval_reward"]
-
-
-# --------------------------------------- tasks and rewards ----------------------------------------
+# --------------------------------------- grader and data ------------------------------------------
 
 GRADES = r"""
 18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18
@@ -1416,105 +1454,196 @@ def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
     assert len(shifts) == len(dict(shifts)) == (6 if name == "letters" else 0)
 
 
-# ------------------------------- command line, models and the claim -------------------------------
+def test_load_problems_holds_out_what_is_not_trained_on(tmp_path):
+    """Of a file of one's own a third at most, always the same; else of another file the first."""
+    rows = [{"question": f"q{i}", "answer": str(i), "level": i % 3} for i in range(10)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = [(f"q{i}", str(i), i % 3) for i in range(10)]
+    own = Config(task="math", data=str(path))
+    for config, dataset, count in (
+        (own, None, 3), (replace(own, eval_problems=2, seed=1), None, 2),
+        (Config(task="math"), Dataset.from_list(rows), 3),
+    ):  # fmt: skip
+        train, test = grpo.load_problems(config, dataset, parity)
+        assert len(test) == count and sorted(train + test) == expected
+        assert train + test != expected and grpo.load_problems(config, dataset, None)[1] == test
+    other = replace(own, eval_data=LETTERS.test, eval_problems=2)
+    letters = grpo.load_rows(LETTERS.test, False)
+    assert grpo.load_problems(other, None, None) == (expected, letters[:2])
+    train, test = grpo.load_problems(Config(task="letters", eval_problems=5), None, None)
+    assert (len(train), test) == (5488, letters[:5])
+    with pytest.raises(InputError, match="2 problems are too few to hold any out"):
+        grpo.load_problems(own, Dataset.from_list(rows[:2]), None)
+    wrong = Dataset.from_list([{"question": "q", "answer": "\\frac{1}{2"}] * 3)
+    assert len(grpo.load_problems(own, wrong, parity)[0]) == 2  # a reward of one's own takes it
+    with pytest.raises(InputError, match="row 1"):
+        grpo.load_problems(own, wrong, grpo.grade)
 
 
-BAD = """
---nrom std -> unrecognized arguments: --nrom std ‖ --norm sd -> invalid choice: 'sd'
---group 1 -> group is 1, not a finite number from 2 on ‖ --group x -> invalid int value: 'x'
---lora -1 -> lora is -1 ‖ --lora 4.5 -> invalid int value: '4.5' ‖ --lr nan -> lr is nan
---lr -1 -> lr is -1.0, not a finite number from 0 on ‖ --lr inf -> lr is inf
---temperature 0 -> temperature is 0 ‖ --prompts 0 -> prompts is 0 ‖ --steps -1 -> steps is -1
---data nowhere.jsonl -> cannot load nowhere.jsonl
---eval-data nowhere.jsonl -> cannot load nowhere.jsonl ‖ --data /dev/null -> cannot load /dev/null
---instruction hi -> must contain {question} ‖ --model no/where -> --model DIR --data FILE.jsonl
---resume -> state.safetensors ‖ --task gsm8k -> cannot load openai/gsm8k
---max-new-tokens 500 -> the context of 128 ‖ --out /dev/null/run -> /dev/null/run
---device tpu9 -> device tpu9 cannot be used
-"""
+BEGINS = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+TEMPLATES = [  # a template, and the text whose characters are the prompt's tokens; b is <bos>
+    (BEGINS + "{% if add_generation_prompt %}<a>{% endif %}", "b<user>say: e+7=!<a>"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}?", "say: e+7=!?"),  # without a beginning
+    (None, "bsay: e+7=!"),
+]
 
 
-@pytest.mark.parametrize("line", re.split(" ‖ |\n", BAD.strip()))
-def test_bad_input_is_one_line_and_status_2(line, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("template", "expected"), TEMPLATES)
+def test_encode_problems_follows_the_chat_template_token_by_token(template, expected):
+    """The beginning of a text is marked once: by the template, or else by the tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    bos = tokenizer.bos_token_id
+    single = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.backend_tokenizer.post_processor = single
+    tokenizer.chat_template = template
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=len(expected) + 6))
+    policy = SimpleNamespace(tokenizer=tokenizer, model=model)
+    config = Config(instruction="say: {question}!", max_new_tokens=6)
+    (problem,) = grpo.encode_problems([("e+7=", "1", "e")], policy, config)
+    characters = ["<bos>" if x == "b" else x for x in expected]
+    tokens = tokenizer.convert_tokens_to_ids(characters)
+    assert problem == ("e+7=", "1", "e", tokens)
+    (plain,) = grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, chat=False))
+    assert plain.prompt == [bos, *tokenizer.convert_tokens_to_ids([*"say: e+7=!"])]
+    with pytest.raises(InputError, match=f"over the context of {len(expected) + 6}.*: '"):
+        grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, max_new_tokens=7))
+
+
+# ---------------------------------------- the command line ----------------------------------------
+
+
+def command(arguments):
+    """Exit status of the command line, of these arguments or settings."""
+    if isinstance(arguments, Config):
+        given = {key: value for key, value in asdict(arguments).items() if value is not None}
+        arguments = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signal, "signal", lambda *_: None)  # the test run keeps its own handlers
+        try:
+            return grpo.main(arguments)
+        except SystemExit as end:
+            return end.code
+
+
+BAD = [
+    ("--nrom std", "unrecognized arguments: --nrom std"),
+    ("--norm sd", "invalid choice: 'sd'"),
+    ("--group 1", "group is 1, not a finite number from 2 on"),
+    ("--group x", "invalid int value: 'x'"),
+    ("--lora 4.5", "invalid int value: '4.5'"),
+    ("--lr -1", "lr is -1.0, not a finite number from 0 on"),
+    ("--lr nan", "lr is nan"),
+    ("--lr inf", "lr is inf"),
+    ("--optimizer sgd", "sgd has no default rate: add --lr, from 0.01 to 0.5 on letters"),
+    ("--temperature 0", "temperature is 0"),
+    ("--data nowhere.jsonl", "cannot load nowhere.jsonl"),
+    ("--eval-data nowhere.jsonl", "cannot load nowhere.jsonl"),
+    ("--data /dev/null", "cannot load /dev/null"),
+    ("--instruction hi", "must contain {question}"),
+    ("--model no/where", "--model DIR --data FILE.jsonl"),
+    ("--resume", "state.safetensors"),
+    ("--task gsm8k", "cannot load openai/gsm8k"),
+    ("--max-new-tokens 500", "the context of 128"),
+    ("--out /dev/null/run", "/dev/null/run"),
+    ("--device tpu9", "device tpu9 cannot be used"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_main_says_in_one_line_what_is_wrong(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for module in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)  # without a network, at once
     few = LETTERS._replace(train=LETTERS.test)  # problems: so that the others take no time
     monkeypatch.setitem(grpo.TASKS, "letters", few)
-    arguments, message = line.split(" -> ")
     assert command(arguments.split()) == 2
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("grpo.py: error: ") and message in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_help_shows_every_setting_and_its_default(capsys):
-    with pytest.raises(InputError, match="norm is 'mad', not one of none, std, var, batch"):
-        Config(norm="mad")
+def test_main_helps_with_every_setting_and_its_default(capsys):
     assert command(["--help"]) == 0
-    shown, source = " ".join(capsys.readouterr().out.split()), inspect.getsource(Config)
+    shown = " ".join(capsys.readouterr().out.split())
+    source = inspect.getsource(Config)
     for field in fields(Config):
-        (comment,) = re.findall(rf"^    {field.name}: .*?  # (.*)$", source, re.M)
-        assert f"--{field.name.replace('_', '-')}" in shown
-        assert f"{comment} (default: {field.default})" in shown
-    defaults = "arith (.*?), gsm8k (.*?), math (.*?) .* letters (.*?), arith (.*?), else (.*?) "
-    told = re.search(defaults, shown)
-    a, b, c, d = grpo.TASKS.values()
-    assert (a.max_new_tokens, c.lr) == (b.max_new_tokens, d.lr)
-    values = b.max_new_tokens, c.max_new_tokens, d.max_new_tokens, a.lr, b.lr, d.lr
-    assert told and tuple(map(float, told.groups())) == values
+        (comment,) = re.findall(rf"^ +{field.name}: [^#]*?# (.*)$", source, re.M)
+        assert f"--{field.name.replace('_', '-')}" in shown and comment in shown
+    assert "default: letters and arith 6, gsm8k 512, math 1024" in shown
+    assert "default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times" in shown
 
 
-def test_models_that_cannot_be_used_are_refused_and_none_of_their_code_is_executed(tmp_path):
-    mark, reduce = tmp_path / "executed", lambda _: (Path.touch, (mark,))
-    marker = type("Marker", (), {"__reduce__": reduce})
-    save_model("mamba", tmp_path / "mamba")  # whose state is not in a cache of keys and values
-    foreign, pickled = tmp_path / "foreign", tmp_path / "pickled"
-    for path in (foreign, pickled):
-        shutil.copytree(LETTERS.model, path)
-    own = '{"model_type": "foreign", "auto_map": {"AutoConfig": "code.C"}}'
-    (foreign / "config.json").write_text(own)
-    (foreign / "code.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
-    (pickled / "model.safetensors").unlink()
-    (pickled / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": marker()}))
-    why = dict(foreign="cannot load", pickled="cannot load", mamba="model .* cannot be used")
-    for name in why:
-        with pytest.raises(InputError, match=why[name]):
-            run(tmp_path / "run", model=f"{tmp_path}/{name}")
-    assert not mark.exists() and not (tmp_path / "run").exists()
+def test_main_passes_settings_on_and_notes_a_signal(monkeypatch, capfd):
+    """The first is left to the step; a second one ends the process."""
+    trained = []
+
+    def train(config, stop):
+        trained.append(config)
+        if config.steps == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            raise OSError("no space\nleft")
+
+    monkeypatch.setattr(grpo, "train", train)
+    assert command(["--norm=var", "--chat", "false", "--curvature", "--lr=1e-3"]) == 0
+    assert command(["--curvature", "false"]) == 0
+    assert trained[0] == Config(norm="var", chat=False, curvature=True, lr=1e-3)
+    assert trained[1] == Config(curvature=False)
+    former = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    assert grpo.main(["--steps=7"]) == 1
+    for number, handler in zip((signal.SIGTERM, signal.SIGINT), former):
+        signal.signal(number, handler)
+    error = capfd.readouterr().err
+    assert "stopping after this step" in error
+    assert error.endswith("grpo.py: stopped: no space left\n")
 
 
-@slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_command_line_says_how_to_resume(number, status, tmp_path):
-    line = [sys.executable, grpo.__file__, "--prompts=4", f"--out={tmp_path}"]
-    log = tmp_path / "metrics.jsonl"
-    process = subprocess.Popen([*line, "--steps=5000"], stderr=subprocess.PIPE, text=True)
-    while not log.exists() and process.poll() is None:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == status
-    assert "add --resume" in error and "Traceback" not in error
-    steps = len(read(tmp_path)) + 1
-    assert subprocess.run([*line, f"--steps={steps}", "--resume"]).returncode == 0
-    assert [row["step"] for row in read(tmp_path)] == list(range(steps + 1))
+def test_resolve_fills_in_what_the_task_brings():
+    """A model or data of one's own is mathematics. What is filled in stays so."""
+    rates = {task: grpo.resolve(Config(task=task)).lr for task in grpo.TASKS}
+    assert rates == {"letters": 2e-4, "arith": 3e-4, "gsm8k": 1e-6, "math": 1e-6}
+    assert grpo.resolve(Config(task="gsm8k", lora=64)).lr == pytest.approx(1e-5)
+    assert grpo.resolve(Config(lr=0.5, lora=1)).lr == 0.5
+    own = Config(), Config(model="DIR"), Config(data="FILE"), Config(task="letters", model="DIR")
+    own = [grpo.resolve(config) for config in own]
+    assert [config.task for config in own] == ["letters", "math", "math", "letters"]
+    assert [config.out for config in own[:2]] == ["runs/letters-std-0", "runs/DIR-math-std-0"]
+    assert (own[1].max_new_tokens, own[1].instruction) == (1024, grpo.BOXED)
+    assert (own[0].device, own[0].dtype) == ("cpu", "float32") or torch.cuda.is_available()
+    assert all(grpo.resolve(config) == config for config in own)
+    rewards = [grpo.REWARDS[grpo.TASKS[config.task].reward]("so 5.0\n", "5") for config in own]
+    assert rewards == [0.0, 1.0, 1.0, 0.0] and grpo.exact_match("5", "5") == 1.0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_cuda_rollout_and_training_agree(tmp_path):
-    run(tmp_path, device="cuda")
-    assert 0 < max(row["logprob_gap"] or 0.0 for row in read(tmp_path)[:-1]) < 1e-3
+def test_resolve_of_a_changed_config_is_what_the_command_line_gives(monkeypatch):
+    """Also of one that was trained with, which stays as it was (test_train_is_the_naive_run)."""
+    config = Config()
+    commanded = []
+    monkeypatch.setattr(grpo, "train", lambda config, stop: commanded.append(grpo.resolve(config)))
+    changes = dict(norm="none", task="gsm8k", seed=3, kl=0.5, model="DIR", lora=8)
+    for name, value in changes.items():
+        assert command([f"--{name}={value}"]) == 0
+        assert grpo.resolve(replace(config, **{name: value})) == commanded[-1]
 
 
-@slow
-@pytest.mark.parametrize("norm", ["none", "std"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_default_run_learns(norm, seed, tmp_path):
-    """The README's first command: at least 0.25 gained on problems not trained on, and above 0.8 in
-    the end."""
-    began = time.perf_counter()
-    assert command([f"--norm={norm}", f"--seed={seed}", f"--out={tmp_path}"]) == 0
-    metrics = read(tmp_path)
-    assert metrics[-1]["eval_pass_rate"] > max(0.8, metrics[0]["eval_pass_rate"] + 0.25)
-    assert time.perf_counter() - began < 300
+def test_resolve_gives_each_process_the_gpu_of_its_number(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "empty", lambda *_, device, **__: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert grpo.resolve(Config()).device == grpo.resolve(Config(device="cuda")).device == "cuda:3"
+    assert grpo.resolve(Config(device="cpu")).device == "cpu" and asked == ["cuda:3"] * 2 + ["cpu"]
+
+
+def test_resolve_refuses_what_is_out_of_range():
+    least = dict(prompts=1, epochs=1, save_every=1, eval_problems=1, max_new_tokens=1, steps=0)
+    least |= dict(micro_batch=1, group=2, lora=0, eval_every=0, measure_every=0, clip=0.0, kl=0.0)
+    grpo.resolve(Config(device="cpu", **least))
+    for name, value in least.items():
+        with pytest.raises(InputError, match=f"{name} is {value - 1}, not a finite number from "):
+            grpo.resolve(Config(**{name: value - 1}))
+    for name in ("norm", "agg", "optimizer", "task", "dtype"):
+        with pytest.raises(InputError, match=f"{name} is 'mad', not one of "):
+            grpo.resolve(Config(**{name: "mad"}))

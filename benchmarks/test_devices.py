@@ -2,7 +2,6 @@
 runs these tests."""
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -20,8 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import pretend_cuda  # noqa: E402
 
 import grpo  # noqa: E402
+from test_grpo import read, run, slow  # noqa: E402
 
-slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 # With a large learning rate, so that the second step's numbers show the first one's update.
 SMALL = dict(task="letters", steps=2, prompts=4, group=4, eval_problems=8, lr=3e-3, dtype="float32")
 MEASURED = dict(measure_every=1, curvature=True)
@@ -131,13 +130,6 @@ def test_a_run_goes_on_on_the_cpu_and_back(dtype, tmp_path, capsys):
         assert_same_run(out, tmp_path / "whole")
 
 
-@slow
-def test_resolve_takes_bfloat16_on_the_device_unless_given():
-    with pretend_cuda.Pretence():
-        assert grpo.resolve(grpo.Config(device="cuda")).dtype == "bfloat16"
-    assert grpo.resolve(grpo.Config(device="cpu")).dtype == "float32"
-
-
 REFUSED = {
     "other operand": lambda x, y: x + y,
     "operand of a CPU tensor": lambda x, y: y + x,
@@ -191,3 +183,9 @@ def test_the_pretence_allows_what_a_gpu_does():
         assert tied[1].weight is tied[0].weight and len([*tied.parameters()]) == 1
         assert tied[0].weight.grad.device == torch.device("cuda:0")
     assert torch.Generator().device == torch.ones(1).device == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_train_on_cuda_has_one_policy_in_rollout_and_training(tmp_path):
+    run(tmp_path, device="cuda")
+    assert 0 < max(row["logprob_gap"] or 0.0 for row in read(tmp_path)[:-1]) < 1e-3
