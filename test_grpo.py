@@ -2,7 +2,8 @@
 
 Those "to copy" go with the functions that are there to be copied, and need only torch and pytest.
 Every expected value is worked out by hand, by another library, or by the naive computation that the
-code avoids. Many kinds of model are in benchmarks/test_models.py, long runs in test_runs.py there.
+code avoids. In benchmarks/ are test_models.py (load_policy, check_model by plain_logprobs,
+end_of_turn), test_measurement.py (against closed forms) and test_runs.py (long runs).
 """
 # ruff: noqa: E402
 
@@ -1140,7 +1141,8 @@ CONTEXT = get_context("fork" if FORK else "spawn")
 
 
 def process(config, rank, size, port, death, small):
-    """One of the processes that torchrun would start; the last may die, at a call of its reward."""
+    """One of those that torchrun starts and join_processes joins; the last may die, at a call of
+    its reward."""
     where = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), **where)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
