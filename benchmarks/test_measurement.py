@@ -127,3 +127,116 @@ def test_count_sketch_preserves_inner_products_without_bias(large):
         products.append(float(torch.dot(*(grpo.count_sketch([x], signs, 17) for x in (a, b)))))
     assert within(products, float((a * b).sum()))
     assert np.std(products) == pytest.approx(float(a.norm() * b.norm()) / 17**0.5, rel=0.15)
+
+
+# ----------------------------------- progress -----------------------------------
+
+ANSWERS, GROUP = 3, 4  # of every one of 12 prompts; the first answer is the right one
+DIAGONALS = {"sgd": torch.ones(3).double(), "diagonal": torch.linspace(0.2, 3, 3).double()}
+
+
+class Softmax:
+    """Twelve policies over three answers that share six weights, and all their possible groups."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(12, ANSWERS, 3, dtype=torch.float64, generator=generator)
+        features[:, 0] += 2.0  # skills have something in common
+        theta = torch.full((3,), -0.2, dtype=torch.float64)
+        probs = torch.softmax(features @ theta, dim=1)  # [12, 3]
+        scores = features - torch.einsum("pk,pkd->pd", probs, features)[:, None]
+        groups = torch.tensor([*itertools.product(range(ANSWERS), repeat=GROUP)])  # [81, 4]
+        self.rewards = (groups == 0).double()  # [81, 4]
+        advantages = (self.rewards - self.rewards.mean(1, keepdim=True)) * GROUP / (GROUP - 1)
+        terms = advantages[None, ..., None] * scores[:, groups]  # [12, 81, 4, 6]
+        self.halves = terms.unflatten(2, (2, 2)).mean(3)  # [12, 81, 2, 6]
+        self.chance = probs[:, groups].prod(2)  # [12, 81]
+        self.gradients = probs[:, :1] * scores[:, 0]  # [12, 6], of the first answer's probability
+
+    def steps(self, norm):
+        """Every prompt's step under every possible group, [12, 81, 6]."""
+        scale = grpo.advantage_scale(self.rewards, norm)[:, 0]
+        return self.halves.mean(2) * scale[:, None] * (GROUP - 1) / GROUP
+
+    def sample(self, norm, diagonal, count):
+        """progress [count, 12, 2], lengths [count], and the halves' pass rates [count, 12, 2]."""
+        generator = torch.Generator().manual_seed(1)
+        drawn = torch.multinomial(self.chance, count, replacement=True, generator=generator).T
+        everyone = torch.arange(12)
+        values, lengths = [], []
+        for groups in drawn:
+            A, B = (self.halves[everyone, groups] * diagonal.sqrt()).unbind(1)
+            scale = grpo.advantage_scale(self.rewards[groups], norm)[:, 0]
+            value, length = grpo.progress(A @ A.T, A @ B.T, B @ B.T, GROUP, scale)
+            values.append(value)
+            lengths.append(length)
+        rates = self.rewards[drawn].unflatten(2, (2, 2)).mean(3)
+        return torch.stack(values), torch.stack(lengths), rates
+
+
+def within_errors(values, truth, largest=None):
+    """Independent values' mean is the truth within 3 standard errors, each below 2% of it."""
+    error = values.std() / len(values) ** 0.5
+    return abs(values.mean() - truth) < 3 * error < 0.06 * abs(largest or truth)
+
+
+@pytest.mark.parametrize("name", DIAGONALS)
+@pytest.mark.parametrize("norm", ["none", "std", "var"])
+def test_progress_is_what_a_fresh_prompt_learns_from_a_small_step(norm, name):
+    """Over all prompts, and over those whose other half has no answer, one, or all right."""
+    policies = Softmax()
+    step = (policies.chance[..., None] * policies.steps(norm)).sum(1) * DIAGONALS[name]  # [12, 6]
+    pairs = policies.gradients @ step.T  # [12, 12], what p's part in the step teaches q
+    learnt = (pairs.sum(1) - pairs.diagonal()) / 11  # [12]
+    found, _, rates = policies.sample(norm, DIAGONALS[name], 3600)
+    assert within_errors(found.mean((1, 2)), learnt.mean())
+    for rate in (0, 0.5, 1):
+        chance = (policies.chance * (policies.rewards[:, 2:].mean(1) == rate)).sum(1)  # [12]
+        inside = rates.flip(2) == rate
+        target = chance @ learnt / chance.sum()
+        errors = ((found - target) * inside).sum((1, 2)) / (2 * chance.sum())
+        assert within_errors(errors, 0.0, learnt.max())
+
+
+def test_progress_at_one_length():
+    policies, diagonal = Softmax(), DIAGONALS["diagonal"]
+    exact, found, squares = {}, {}, {}
+    for norm in ("none", "std"):
+        steps = policies.steps(norm)
+        mean = (policies.chance[..., None] * steps).sum(1)  # [12, 6]
+        pairs = policies.gradients @ (mean * diagonal).T
+        exact[norm] = (pairs.sum() - pairs.trace()) / 12 / 11
+        second = (policies.chance * (steps**2 @ diagonal)).sum()  # of |step|^2, over prompts
+        total = (mean.sum(0) ** 2 * diagonal).sum() - ((mean**2) @ diagonal).sum()
+        squares[norm] = (second + total) / 144
+        values, lengths, _ = policies.sample(norm, diagonal, 2400)
+        assert within_errors(lengths**2, squares[norm])
+        found[norm] = values.mean((1, 2)).view(-1, 30).mean(1), (lengths**2).view(-1, 30).mean(1)
+    kappa = (found["none"][1] / found["std"][1]).sqrt()  # a block's
+    expected = (squares["none"] / squares["std"]).sqrt() * exact["std"] - exact["none"]
+    difference = kappa * found["std"][0] - found["none"][0]
+    assert within_errors(difference, expected, exact["none"])
+
+
+def test_progress_of_silent_groups_by_hand():
+    """Gradients (1, 0), 0 and (2, 1), whole groups alike in both halves; a lr-free step of group 3
+    and scales 1, 5, 2: of the others (2/3) * 2 * (2, 1) . (1, 0) / 2, 0, and (2/3) * (2, 0) / 2."""
+    g = torch.tensor([[1.0, 0], [0, 0], [2, 1]]).double()
+    values, length = grpo.progress(g @ g.T, g @ g.T, g @ g.T, 3, torch.tensor([1.0, 5, 2]).double())
+    assert values.flatten().tolist() == pytest.approx([4 / 3, 4 / 3, 0, 0, 2 / 3, 2 / 3])
+    assert float(length) == pytest.approx(2 / 9 * 29**0.5)  # of (1 + 4, 0 + 2) * 2/3 / 3
+
+
+def test_step_diagonal_by_hand():
+    """v = 4, 0 and the floor sqrt(2)/10; after one step the bias is undone."""
+    x, y = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    adam = torch.optim.AdamW([x, y], lr=0.1, eps=0.5)
+    assert grpo.step_diagonal(adam, [x, y]) is None
+    x.grad, y.grad = torch.tensor([2.0, 0.0]), torch.zeros(2)
+    adam.step()
+    D = grpo.step_diagonal(adam, [x, y])
+    torch.testing.assert_close(D[0], torch.tensor([1 / 2.5, 1 / (0.1 * 2**0.5 + 0.5)]))
+    assert D[1].tolist() == [0, 0]
+    sgd = grpo.step_diagonal(torch.optim.SGD([x, y], lr=0.1), [x, y])
+    assert [d.tolist() for d in sgd] == [[1, 1]] * 2
+    assert grpo.step_diagonal(torch.optim.Adagrad([x, y]), [x, y]) is None

@@ -1,0 +1,196 @@
+"""What grpo.py refuses, and what it says, in other people's hands: files that have changed,
+directories in use, models that cannot be saved or are not what they seem, steps that fail."""
+
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT)]
+
+import grpo  # noqa: E402
+from grpo import Config, InputError, RunError  # noqa: E402
+from test_grpo import (  # noqa: E402
+    BRIEF,
+    LETTERS,
+    PROMPTS,
+    make_model,
+    make_policy,
+    parity,
+    run,
+    settings,
+    slow,
+)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(kl=0.1), dict(lora=4)])
+def test_resume_refuses_other_problems_start_models_and_frozen_weights(changes, tmp_path):
+    """They are in no checkpoint, and another file may lie where they were."""
+    model = Path(shutil.copytree(LETTERS.model, tmp_path / "model"))
+    data = Path(shutil.copy(LETTERS.test, tmp_path / "problems.jsonl"))
+    changes = BRIEF | changes | dict(model=str(model), data=str(data), steps=1)
+    run(tmp_path / "run", **changes)
+    again = changes | dict(steps=2, resume=True)
+    lines = data.read_text()
+    data.write_text(lines.replace("a+1", "b+1", 1))
+    with pytest.raises(InputError, match="other problems than it was saved with"):
+        run(tmp_path / "run", **again)
+    data.write_text(lines)
+    saved = load_file(model / "model.safetensors")
+    save_file(
+        {k: 1.01 * x for k, x in saved.items()}, model / "model.safetensors", {"format": "pt"}
+    )
+    if "kl" in changes or "lora" in changes:
+        with pytest.raises(InputError, match="other start model than it was saved with"):
+            run(tmp_path / "run", **again)
+    else:  # all its weights are in the checkpoint
+        run(tmp_path / "run", **again)
+
+
+def test_train_saves_nothing_while_steps_fail_and_does_not_end_well(tmp_path, monkeypatch):
+    """Steps 2 and 3, the last ones, come to nothing: the checkpoint is that of step 2."""
+    norms = iter([1.0, 1.0, math.nan, math.nan])
+    monkeypatch.setattr(grpo, "set_gradient", lambda *_: next(norms))
+    with pytest.raises(RunError, match="no finite gradient in the last 2 steps") as ended:
+        run(tmp_path, **BRIEF | dict(steps=4, save_every=1))
+    assert ended.value.status == 1 and not (tmp_path / "model").exists()
+    with safe_open(tmp_path / grpo.CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["state"])["step"] == 2
+
+
+def test_train_leaves_nothing_behind_if_the_first_reward_fails(tmp_path):
+    with pytest.raises(RunError, match="the reward failed: ZeroDivisionError"):
+        run(tmp_path, lambda *_: 1 / 0, **BRIEF)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_start_run_refuses_a_directory_in_use_until_it_is_free(tmp_path):
+    with grpo.start_run(settings(tmp_path), None, parity):
+        with pytest.raises(InputError, match="is in use by another run"):
+            run(tmp_path, **BRIEF)
+    run(tmp_path, **BRIEF | dict(steps=0))
+
+
+def test_report_trouble_says_that_nothing_can_be_learnt(tmp_path, capsys):
+    """Once, after 20 steps of equal rewards; all wrong, or all right."""
+    for reward, said in ((0.0, "mean 0; is the answer's form"), (1.0, "mean 1; are the problems")):
+        out = tmp_path / str(reward)
+        run(out, lambda *_: reward, **BRIEF | dict(steps=22))  # noqa: B023
+        told = [x for x in capsys.readouterr().out.splitlines() if "nothing can be learnt" in x]
+        assert len(told) == 1 and f"20 steps of equal rewards, {said}" in told[0]
+
+
+def test_start_run_out_of_memory_is_one_line(tmp_path):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(RunError, match="out of memory: .*--micro-batch.*--group.*--lora"):
+        with grpo.start_run(settings(tmp_path), None, parity):
+            exhausted()
+
+
+def test_load_policy_saves_what_has_odd_generation_settings(tmp_path):
+    """Of which only the tokens are kept: with the others save_pretrained would raise an error."""
+    model = Path(shutil.copytree(LETTERS.model, tmp_path / "model"))
+    odd = dict(temperature=0.6, top_p=0.9, do_sample=False, eos_token_id=[0, 5], bos_token_id=0)
+    (model / "generation_config.json").write_text(json.dumps(odd))
+    run(tmp_path / "run", model=str(model), **BRIEF | dict(steps=1))
+    saved = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == [0, 5] and not {"temperature", "top_p"} & saved.keys()
+
+
+def test_load_policy_refuses_what_cannot_be_saved_and_adapters_alone(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "transformers.PreTrainedTokenizerBase.save_pretrained", lambda *_, **__: 1 / 0
+        )
+        with pytest.raises(InputError, match="division by zero"):
+            grpo.load_policy(grpo.resolve(settings("-")))
+    model = Path(shutil.copytree(LETTERS.model, tmp_path / "model"))
+    (model / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="model .* is adapters alone: merge them"):
+        grpo.load_policy(grpo.resolve(settings("-", model=str(model))))
+
+
+@pytest.mark.parametrize("blind", ["mask", "positions"])
+def test_check_model_finds_an_extend_that_is_blind(blind, monkeypatch):
+    """To the padding of the shorter prompt, in the mask or in GPT-2's absolute positions."""
+    policy = make_policy(make_model("gpt2"))
+    problems = [SimpleNamespace(prompt=prompt) for prompt in PROMPTS]
+    config = grpo.resolve(Config(device="cpu"))
+    assert grpo.check_model(policy, problems, config) is policy
+    forward = policy.model.forward
+
+    def blinded(tokens, attention_mask=None, position_ids=None, **options):
+        if attention_mask is not None and blind == "mask":
+            attention_mask = torch.ones_like(attention_mask)
+        if attention_mask is not None and blind == "positions":
+            position_ids = torch.arange(attention_mask.shape[1])[None, -tokens.shape[1] :]
+        return forward(tokens, attention_mask=attention_mask, position_ids=position_ids, **options)
+
+    monkeypatch.setattr(policy.model, "forward", blinded)
+    with pytest.raises(InputError, match="gpt2.*: rollout and a plain pass differ by"):
+        grpo.check_model(policy, problems, config)
+
+
+def test_resolve_names_the_directory_after_what_is_ones_own():
+    for given, out in (
+        (dict(), "letters-std-0"),
+        (dict(task="gsm8k", norm="none", seed=3), "gsm8k-none-3"),
+        (dict(data="data/problems.jsonl"), "problems-std-0"),
+        (dict(model="models/tiny"), "tiny-math-std-0"),
+        (
+            dict(model="org/Qwen2.5-1.5B", data="org/set:main:train"),
+            "Qwen2.5-1.5B-set-main-train-std-0",
+        ),
+    ):
+        assert grpo.resolve(Config(device="cpu", **given)).out == f"runs/{out}"
+
+
+def torchrun(port, node, nodes, *flags):
+    """A node's torchrun, of one process, or of two if it is the only node."""
+    script = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
+    script += [f"--node_rank={node}", f"--nproc_per_node={2 // nodes}", "--master_addr=localhost"]
+    script += [f"--master_port={port}", grpo.__file__, "--steps=2", "--prompts=4", "--group=4"]
+    script += ["--eval-problems=4", "--eval-every=0", "--measure-every=0", "--device=cpu"]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([*script, *flags], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@slow
+def test_train_on_two_nodes_is_that_of_two_processes_and_ends_on_both(tmp_path):
+    """Two nodes emulated on one machine; then the data are missing on one of them."""
+    (alone,) = [torchrun(free_port(), 0, 1, f"--out={tmp_path / 'one'}")]
+    assert alone.wait(120) == 0
+    port = free_port()
+    both = [torchrun(port, node, 2, f"--out={tmp_path / 'two'}") for node in (0, 1)]
+    assert [each.wait(120) for each in both] == [0, 0]
+    ours, theirs = (load_file(tmp_path / x / grpo.CHECKPOINT) for x in ("two", "one"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    port = free_port()
+    began = time.perf_counter()
+    missing = [], ["--data=nowhere.jsonl"]
+    both = [torchrun(port, n, 2, f"--out={tmp_path / 'no'}", *missing[n]) for n in (0, 1)]
+    for each in both:
+        _, error = each.communicate(timeout=120)
+        assert each.returncode and "grpo.py: error: cannot load nowhere.jsonl" in error
+    assert time.perf_counter() - began < 60  # 30 on a quiet machine
+    assert not (tmp_path / "no").exists() or not any((tmp_path / "no").iterdir())
