@@ -1,5 +1,5 @@
-"""Tests of make_tasks.py, warm_start.py, neighbours.py and experiment.py; `GRPO_SLOW=1 pytest` runs
-the slow ones too."""
+"""Tests of make_tasks.py, warm_start.py, neighbours.py and experiment.py. `GRPO_SLOW=1 pytest` runs
+them: nobody changes these in passing, and quick tests are for grpo.py and analyze.py."""
 
 import itertools
 import json
@@ -31,6 +31,7 @@ from test_analyze import slow, write_run  # noqa: E402
 import grpo  # noqa: E402
 
 ASSETS = ROOT / "assets"
+pytestmark = slow
 
 
 def rows(path):
@@ -145,7 +146,6 @@ def test_welchs_interval_is_scipys():
     assert found == pytest.approx([2.5 - 1.4 / 3, expected.low, expected.high])
 
 
-@slow
 @pytest.mark.parametrize("task", ["arith", "letters"])
 def test_a_task_made_again_is_the_same(task, tmp_path):
     make_tasks.main(["--out", str(tmp_path), task])
@@ -302,7 +302,6 @@ def test_neighbours_measure_the_same_policy_gradient(monkeypatch):
     torch.testing.assert_close(again, columns, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@slow
 @pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2"])
 def test_neighbours_trains_by_each_method(method, tmp_path):
     flags = f"--eval-problems 3 --out {tmp_path}/run --prompts 4 --group 4 --steps 8"

@@ -77,9 +77,9 @@ def test_train_leaves_nothing_behind_if_the_first_reward_fails(tmp_path):
 
 
 def test_start_run_refuses_a_directory_in_use_until_it_is_free(tmp_path):
-    with grpo.start_run(settings(tmp_path), None, parity):
-        with pytest.raises(InputError, match="is in use by another run"):
-            run(tmp_path, **BRIEF)
+    refused = pytest.raises(InputError, match="is in use by another run")
+    with grpo.start_run(settings(tmp_path), None, parity), refused:
+        run(tmp_path, **BRIEF)
     run(tmp_path, **BRIEF | dict(steps=0))
 
 
@@ -96,9 +96,9 @@ def test_start_run_out_of_memory_is_one_line(tmp_path):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    with pytest.raises(RunError, match="out of memory: .*--micro-batch.*--group.*--lora"):
-        with grpo.start_run(settings(tmp_path), None, parity):
-            exhausted()
+    stopped = pytest.raises(RunError, match="out of memory: .*--micro-batch.*--group.*--lora")
+    with stopped, grpo.start_run(settings(tmp_path), None, parity):
+        exhausted()
 
 
 def test_load_policy_saves_what_has_odd_generation_settings(tmp_path):

@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import plant_bugs  # noqa: E402
 from plant_bugs import Bug  # noqa: E402
+from test_analyze import slow  # noqa: E402
 
 BUGS = plant_bugs.read_bugs(plant_bugs.LIST)
 FILES = ("grpo.py", "analyze.py")
@@ -108,6 +109,7 @@ def test_run_tests_finds_nothing_wrong_with_what_is_right(tree):
     assert plant_bugs.run_tests(tree, "calc.py", CALC, "double") == ""
 
 
+@slow
 def test_run_tests_that_hang_have_failed(tree):
     endless = CALC.replace("return 2 * x", "while True: pass")
     assert plant_bugs.run_tests(tree, "calc.py", endless, "double", 1) == "no end within 1 s"
