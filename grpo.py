@@ -1101,10 +1101,10 @@ EQUATION = r"^(?:(?! or | and |,(?![0-9]{3}))[^;<>])*(?:=|\\in(?![a-z])|\\approx
 UNIT = r"(?!(?:pi|sqrt|squared|[b-fi-kn-rt-z]|[a-cxyz]{2,3}|(?:times|over|plus|minus|and|to) .*)\b)"
 UNIT = rf"\\\$|\\?[€£%°]|(?<=\s)(?<!\( ){UNIT}[A-Za-z][A-Za-z/. ]*(?:(?<=[a-z])\^\{{?[23]\}}?)?"
 SYMBOLS = str.maketrans({"²": "^2", "³": "^3", "×": "*", "·": "*", "π": r"\pi ", "∪": r"\cup "})
-# Binary +, subscripts, parenthesised factors, functions, products (but 2*x is 2x), second numbers,
-# and every other sign, letters among them.
+# Binary +, subscripts, parenthesised factors, functions, ranges, products (but 2*x is 2x), second
+# numbers, and every other sign.
 OPERATOR = r"(?<=[\w)\]}|]) *(\+)|_\{?(\w+)|(?<=[\w)}]) *(\()|(\)) *(?=\w)|(\\[a-zA-Z]+)\(?|\.\."
-OPERATOR += r"|\*(?! *[a-zA-Z\\])|,(?! ?\}?[0-9]{3})|(?<=[0-9]) +(?=[0-9])|[^0-9\s.,_+*(){}\[\]]"
+OPERATOR += r"|\*(?! *[a-zA-Z\\])|,(?! ?\}?[0-9]{3})|\d( +)(?=\d)|\b(and|or)\b|[^\w\s.,+*(){}\[\]]"
 # Valid LaTeX on which the parser never finishes or never frees its memory; no answer contains it.
 BOMB = r"(?<!\\)!|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}|\^\s*[{(]?[-\s]*[0-9.]{5}"
 BOMB += r"|\^(?:[^a-zA-Z^+)}\]]*|[^a-zA-Z^+]*[)}\]]\s*)\^"
@@ -1126,8 +1126,9 @@ def parts(text):
     text = re.sub(r"\*\*|\^\{?\\circ\}?", " ", text).translate(SYMBOLS)
     text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"(.*)\\pm(.*)", r"\1+\2,\1-\2", text)
-    text = re.sub(r"\\[dtc]?frac", "/", text)
     text = re.sub(r"\\times|\\cdot", "*", text).strip().rstrip(" .*\\")
+    text = re.sub(r"(?<![0-9 ])\\[dtc]?frac *\{([0-9]+)\} *\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\[dtc]?frac", "/", text)
     text = re.sub(rf"({DIGITS}) *\* *10\^\{{?(-?[0-9]{{1,2}})\}}?", r"\1E\2", text)
     words = " ".join(re.findall(UNIT, text)).lower().replace("$", "dollar").replace("%", "percent")
     unit = {word.rstrip("es") for word in re.findall(r"[a-z]+|[^a-z\s.]", words)}
@@ -1158,10 +1159,9 @@ def grade(completion, answer):
         return 0.0
     if gold is not None and found is not None:
         return float(gold == found)
-    numeric = not allowed - Counter("/")
-    allowed = Counter(["/", r"\sqrt", r"\pi"]) if numeric else allowed
-    more = [sign for sign in used - allowed if numeric or not sign.isalpha()]
-    if given == answer or more or any(re.search(BOMB, text) for text in (answer, given)):
+    if gold is not None:
+        allowed = Counter(["/", r"\sqrt", r"\pi"])
+    if given == answer or used - allowed or any(re.search(BOMB, text) for text in (answer, given)):
         return float(given == answer)
     import math_verify  # a second to import: only where LaTeX is compared
 
@@ -1221,10 +1221,10 @@ def load_rows(source, graded, raw=None):
     """Question, final answer and level (None if missing) of every row that read_rows finds. Raises
     InputError if there is none, or if one lacks a question or an answer to grade."""
     rows = read_rows(source, raw)
-    present = {name for row in rows.values() for name in row}
+    present = dict.fromkeys(name for row in rows.values() for name in row)
     found = [next((name for name in names if name in present), "") for names in COLUMNS]
     if not all(found):
-        raise InputError(f"cannot load {source}: no row with one of each {COLUMNS}: {sorted(present)}")
+        raise InputError(f"cannot load {source}: no row with one each of {COLUMNS}: {[*present]}")
     question, answer = found
     problems = []
     for place, row in rows.items():
