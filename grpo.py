@@ -54,7 +54,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -62,6 +62,8 @@ from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
+
+os.environ["SYMPY_GROUND_TYPES"] = "python"  # before torch imports sympy: gmpy2 can hang or abort
 
 import numpy as np
 import torch
@@ -1086,21 +1088,26 @@ def plain_logprobs(policy, batch, temperature):
 MAX_SPAN = 300  # characters; anything longer is not taken for an answer, and is slow to parse
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 DIGITS += r"(?:[eE][-+]?[0-9]{1,2}(?![0-9]))?"
-# A number with its currency, percent, unit, and the bold, dollars or backticks of a model's text.
-UNIT = r"(?! *(?:pi|sqrt|[beiknxyz])\b)[A-Za-z/ ]+"  # but "5 x" and "2 pi" are no numbers
-NUMBER = re.compile(
-    rf"[\s*`$€£\\]*([-+]?)[\s$€£\\]*({DIGITS})[\s*`$€£\\%.]*(?:(?<=\s){UNIT}[*`$.]*)?"
-)
+NUMBER = rf"[-+]? *(?:[0-9]+/0*[1-9][0-9]*|{DIGITS})"
+# The last number of a text, with its exponent: "1-3" ends in 3, not in -3.
+UNMARKED = rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?(?:[_^²³₀-₉]\S*)?"
 BRACED = r"(?:\\.|[^\\{}])*"  # what a pair of braces holds, with up to 8 pairs in each other
 for _ in range(8):
     BRACED = rf"(?:\\.|[^\\{{}}]|\{{{BRACED}\}})*"
 MARKED = re.compile(rf"####\s*(.*)|\\(?:boxed|fbox)\s*(?:\{{({BRACED})\}}|([^\s${{]*[^\s${{.,]))")
-# The last number of a text: "1-3" ends in 3, not in -3.
-UNMARKED = re.compile(rf"(?:(?<![0-9])-\\?[$€£]?)?{DIGITS}(?:/{DIGITS})?")
+# What stands before an answer, "x =", "The answer is", "x \in"; but not in "x = 2 or x = 3".
+EQUATION = r"^(?:(?! or | and |,(?![0-9]{3}))[^;<>])*(?:=|\\in(?![a-z])|\\approx|≈|\bis\b|[a-z]:)"
+# Currency, percent, and words after a space; but not those of "5 x", "2 pi" and "5 over six".
+UNIT = r"(?!(?:pi|sqrt|squared|[b-fi-kn-rt-z]|[a-cxyz]{2,3}|(?:times|over|plus|minus|and|to) .*)\b)"
+UNIT = rf"\\\$|\\?[€£%°]|(?<=\s)(?<!\( ){UNIT}[A-Za-z][A-Za-z/. ]*(?:(?<=[a-z])\^\{{?[23]\}}?)?"
+SYMBOLS = str.maketrans({"²": "^2", "³": "^3", "×": "*", "·": "*", "π": r"\pi ", "∪": r"\cup "})
+# Binary +, subscripts, parenthesised factors, functions, ranges, products (but 2*x is 2x), second
+# numbers, and every other sign.
+OPERATOR = r"(?<=[\w)\]}|]) *(\+)|_\{?(\w+)|(?<=[\w)}]) *(\()|(\)) *(?=\w)|(\\[a-zA-Z]+)\(?|\.\."
+OPERATOR += r"|\*(?! *[a-zA-Z\\])|,(?! ?\}?[0-9]{3})|\d( +)(?=\d)|\b(and|or)\b|[^\w\s.,+*(){}\[\]]"
 # Valid LaTeX on which the parser never finishes or never frees its memory; no answer contains it.
-BOMB = re.compile(
-    r"(?<!\\)!|\^[^a-zA-Z+]*\^|\^\s*[{(]?[-\s]*[0-9.]{5}|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}"
-)
+BOMB = r"(?<!\\)!|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}|\^\s*[{(]?[-\s]*[0-9.]{5}"
+BOMB += r"|\^(?:[^a-zA-Z^+)}\]]*|[^a-zA-Z^+]*[)}\]]\s*)\^"
 
 
 def marked_answer(text):
@@ -1113,32 +1120,57 @@ def marked_answer(text):
     return found[found.lastindex or 0].strip() if found else ""
 
 
+def parts(text):
+    """Value of an answer that is a number, else None; its unit, singular; its operators' count."""
+    text = re.sub(r"\\(?:left|right|q?quad)(?![a-z])|\\[,;:!] ?|(?<!\\)(?:[$`]|\\(?= ))", "", text)
+    text = re.sub(r"\*\*|\^\{?\\circ\}?", " ", text).translate(SYMBOLS)
+    text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"(.*)\\pm(.*)", r"\1+\2,\1-\2", text)
+    text = re.sub(r"\\times|\\cdot", "*", text).strip().rstrip(" .*\\")
+    text = re.sub(r"(?<![0-9 ])\\[dtc]?frac *\{([0-9]+)\} *\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\[dtc]?frac", "/", text)
+    text = re.sub(rf"({DIGITS}) *\* *10\^\{{?(-?[0-9]{{1,2}})\}}?", r"\1E\2", text)
+    words = " ".join(re.findall(UNIT, text)).lower().replace("$", "dollar").replace("%", "percent")
+    unit = {word.rstrip("es") for word in re.findall(r"[a-z]+|[^a-z\s.]", words)}
+    text = re.sub(UNIT, "", text).strip()
+    if re.fullmatch(NUMBER, text):
+        return Fraction(re.sub("[ ,]", "", text)), unit, Counter()
+    found = re.finditer(OPERATOR, text.replace("-", "+"))
+    return None, unit, Counter(match[match.lastindex or 0] for match in found)
+
+
 def grade(completion, answer):
     r"""1.0 if the completion's answer equals the gold answer, else 0.0; never raises an exception.
     The completion's answer is the last one marked by \boxed{} or ####, or if there is no mark, its
     last number; there, "3/4" is a fraction, "1.5e3" is 1500, and a minus counts if it touches the
-    number. Numbers are compared by value, everything else as LaTeX by math-verify. Its time limit,
-    a second to parse and one to compare, relies on a signal that only the main thread receives; in
-    other threads there is no limit."""
+    number. Numbers are compared by value, all else by math-verify, if it has no operator that the
+    gold answer lacks; for a second each, parsing and comparing, but in a thread without limit."""
     completion, answer = (text.replace("−", "-").strip() for text in (completion, answer))
     given = marked_answer(completion)
     if given is None:
-        given = ([""] + UNMARKED.findall(completion[-1000:]))[-1]
+        given = ([""] + re.findall(UNMARKED, completion[-1000:]))[-1]
     if not given or len(given) > MAX_SPAN or len(answer) > MAX_SPAN:
         return 0.0
-    numbers = NUMBER.fullmatch(given), NUMBER.fullmatch(answer)
-    if all(numbers):
-        a, b = (Fraction("".join(found.groups()).replace(",", "")) for found in numbers if found)
-        return float(a == b)
-    if given == answer or BOMB.search(given) or BOMB.search(answer):
+    if "=" not in answer:
+        answer, given = (re.sub(EQUATION, "", text) for text in (answer, given))
+    gold, gold_unit, allowed = parts(answer)
+    found, unit, used = parts(given)
+    if unit and gold_unit and unit != gold_unit:
+        return 0.0
+    if gold is not None and found is not None:
+        return float(gold == found)
+    if gold is not None:
+        allowed = Counter(["/", r"\sqrt", r"\pi"])
+    if given == answer or used - allowed or any(re.search(BOMB, text) for text in (answer, given)):
         return float(given == answer)
     import math_verify  # a second to import: only where LaTeX is compared
 
     limit = 1 if threading.current_thread() is threading.main_thread() else None
+    latex = [math_verify.LatexExtractionConfig()]  # by default it takes "5 is odd" for 5
     try:
-        texts = (f"${text}$" for text in (answer, given))
-        gold, found = (math_verify.parse(text, parsing_timeout=limit) for text in texts)
-        return float(math_verify.verify(gold, found, timeout_seconds=limit))
+        texts = (f"${answer if gold is None else gold}$", f"${given if found is None else found}$")
+        gold, found = (math_verify.parse(text, latex, parsing_timeout=limit) for text in texts)
+        return float(math_verify.verify(gold, found, float_rounding=30, timeout_seconds=limit))
     except Exception:  # sympy raises whatever it likes on text that is not mathematics
         return 0.0
 
@@ -1157,61 +1189,101 @@ COLUMNS = ("question", "problem", "prompt"), ("answer", "final_answer", "solutio
 OFFLINE = "(without a network, or away from its assets: --model DIR --data FILE.jsonl)"
 
 
-def load_rows(source, graded, raw=None):
-    """Question, final answer and level (None if missing) of every row of a JSONL file, of a hub
-    data set PATH[:NAME]:SPLIT, or of `raw`, with `source` as its name. Raises InputError if
-    it cannot be loaded, or if a row (counted from 1) lacks a question or an answer to grade."""
+def read_rows(source, raw=None):
+    """Rows of a JSONL file (decimals as their text), of a hub data set PATH[:NAME]:SPLIT, or of
+    `raw`, a Dataset or a list of dicts, by where they stand. Raises InputError."""
+    place = f"cannot load {source}, a file or PATH[:NAME]:SPLIT"
+    is_file = raw is None and (Path(source).is_file() or ":" not in source)
+    rows = {}
     try:
-        if raw is None:
-            from datasets import Dataset, load_dataset
+        if is_file:
+            raw = Path(source).read_bytes().splitlines()
+        elif raw is None:
+            from datasets import load_dataset
 
-            path, *hub = [source] if Path(source).is_file() else source.split(":")
-            raw = load_dataset(path, *hub[:-1], split=hub[-1]) if hub else Dataset.from_json(path)
+            place = f"cannot load {source} {OFFLINE}"
+            path, *name, split = source.split(":")
+            raw = load_dataset(path, *name, split=split)
+        for number, row in enumerate(raw, 1):
+            place = f"{source}, {'line' if is_file else 'row'} {number}"
+            if is_file and not row.strip():
+                continue
+            if is_file:
+                row = json.loads(row.decode("utf-8-sig"), parse_float=str, parse_constant=str)
+                json.dumps(row, ensure_ascii=False).encode()  # half a surrogate has no tokens
+            rows[place] = dict(row)
     except Exception as error:  # what datasets raises has no common class
-        raise InputError(f"cannot load {source}: {error} {OFFLINE}") from error
-    found = [next((n for n in names if n in raw.column_names), "") for names in COLUMNS]
-    if not all(found) or not len(raw):
-        raise InputError(f"{source}: no row, or no column of each of {COLUMNS}: {raw.column_names}")
-    rows, levels = [], raw["level"] if "level" in raw.column_names else [None] * len(raw)
-    columns = zip(*(raw[name] for name in found), levels)
-    for number, (asked, answer, level) in enumerate(columns, 1):
-        text = "" if answer is None else str(answer).strip()
-        final = marked_answer(text) or ("" if found[1] == "solution" else text)
-        usable = isinstance(asked, str) and asked.strip() and final
-        if not usable or graded and not grade(f"\\boxed{{{final}}}", final):
-            missing = f"no {found[0]}, or no {found[1]} to grade: {text[-60:]!r}"
-            raise InputError(f"{source}, row {number}: {missing}")
-        rows.append((asked, final, level))
+        raise InputError(f"{place}: {error}") from error
     return rows
 
 
+def load_rows(source, graded, raw=None):
+    """Question, final answer and level (None if missing) of every row that read_rows finds. Raises
+    InputError if there is none, or if one lacks a question or an answer to grade."""
+    rows = read_rows(source, raw)
+    present = dict.fromkeys(name for row in rows.values() for name in row)
+    found = [next((name for name in names if name in present), "") for names in COLUMNS]
+    if not all(found):
+        raise InputError(f"cannot load {source}: no row with one each of {COLUMNS}: {[*present]}")
+    question, answer = found
+    problems = []
+    for place, row in rows.items():
+        asked = row.get(question)
+        if not isinstance(asked, str) or not asked.strip():
+            raise InputError(f"{place}: no {question}")
+        text = "" if row.get(answer) is None else str(row[answer]).strip()
+        final = marked_answer(text) or ("" if answer == "solution" else text)
+        if not final:
+            raise InputError(f"{place}: no {answer} (marked by \\boxed or ####): {text[-60:]!r}")
+        hopeless = final in ("True", "False") or re.search(BOMB, final)
+        if graded and (hopeless or not grade(f"\\boxed{{{final}}}", final)):
+            raise InputError(f"{place}: no completion could equal the {answer} {final[-60:]!r}")
+        level = json.loads(json.dumps(row.get("level"), default=str))  # what logs can hold
+        problems.append((asked, final, level))
+    return problems
+
+
 def load_problems(config, dataset, reward):
-    """Training and held-out rows (see load_rows) of dataset, files or task. Raises InputError."""
-    task, graded = TASKS[config.task], reward is grade
-    train = load_rows("dataset" if dataset else config.data or task.train, graded, dataset)
-    test = config.eval_data or ("" if dataset or config.data else task.test)
-    if test:
+    """Training and held-out rows (see load_rows) of dataset, files or task; if they are split here,
+    rows with the same question stay together. Raises InputError."""
+    task = TASKS[config.task]
+    graded = reward is grade
+    source = "dataset" if dataset is not None else config.data
+    train = load_rows(source or task.train, graded, dataset)
+    if test := config.eval_data or ("" if source else task.test):
         return train, load_rows(test, graded)[: config.eval_problems]
-    if len(train) < 3:
-        raise InputError(f"{len(train)} problems are too few to hold any out: pass --eval-data")
-    count = min(config.eval_problems, len(train) // 3)
-    train = [train[row] for row in np.random.default_rng(0).permutation(len(train))]
-    return train[count:], train[:count]
+    questions = [*dict.fromkeys(question for question, *_ in train)]
+    if len(questions) < 3:
+        raise InputError(f"{len(questions)} problems are too few to hold any out: pass --eval-data")
+    order = np.random.default_rng(0).permutation(len(questions))
+    place = {questions[number]: position for position, number in enumerate(order)}
+    train.sort(key=lambda row: place[row[0]])
+    count = min(config.eval_problems, len(questions) // 3)
+    held_out = [row for row in train if place[row[0]] < count]
+    return train[len(held_out) :], held_out[: config.eval_problems]
 
 
 def encode_problems(rows, policy, config):
-    """Problems with their prompts. Raises InputError for one longer than the model's context."""
+    """Problems with their prompts, without an end token that the tokenizer appends. Raises
+    InputError for a prompt over the model's context, or a chat template that fails."""
     tokenizer = policy.tokenizer
     texts = [config.instruction.replace("{question}", question) for question, *_ in rows]
     chat = config.chat and getattr(tokenizer, "chat_template", None)
     if chat:
         dialogs = [[{"role": "user", "content": text}] for text in texts]
-        texts = tokenizer.apply_chat_template(dialogs, tokenize=False, add_generation_prompt=True)
+        options = dict(tokenize=False, add_generation_prompt=True)
+        try:
+            texts = tokenizer.apply_chat_template(dialogs, **options)
+        except Exception as error:  # a template may raise whatever it likes
+            raise InputError(f"the chat template fails ({error}): pass --chat false") from error
     prompts = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
     context = getattr(policy.model.config, "max_position_embeddings", None) or sys.maxsize
     for text, prompt in zip(texts, prompts):
+        while not chat and prompt and prompt[-1] in policy.eos_ids:
+            prompt.pop()
         if len(prompt) + config.max_new_tokens > context:
-            raise InputError(f"over the context of {context} with new tokens: {text[:40]!r}")
+            total = f"{len(prompt)} + {config.max_new_tokens} tokens, over the context of {context}"
+            raise InputError(f"{total}: lower --max-new-tokens, or leave out {text[:40]!r}")
     return [Problem(*row, prompt) for row, prompt in zip(rows, prompts)]  # type: ignore[call-arg]
 
 
