@@ -173,8 +173,7 @@ def train(config, dataset=None, reward=None, stop=()):
             began = time.perf_counter()
             launched = launched or began
 
-            # Prompts, and a random number for each token that may be sampled: the same for every
-            # norm.
+            # Prompts, and random numbers for what may be sampled: the same for every norm.
             ids = prompt_ids(step, config, len(run.problems))  # [P], indices of problems
             problems = [run.problems[ids[p]] for p in mine]  # [P'], this process's
             prompts = [problem.prompt for problem in problems]
@@ -210,7 +209,7 @@ def train(config, dataset=None, reward=None, stop=()):
                 if epoch == 0 and config.measure_every and step % config.measure_every == 0:
                     levels = [run.problems[i].level for i in ids]
                     measured = measure(policy, batch, levels, config, optimizer)
-                # If the policy is NaN, all rewards may be 0, and the gradient 0 rather than NaN.
+                # If the policy is NaN, all rewards may be 0, and the gradient 0, not NaN.
                 if not everyone(batch.entropy.sum(dim=2)).isfinite().all():
                     grad_norms[-1] = math.nan
                 if math.isfinite(grad_norms[-1]):
@@ -464,12 +463,15 @@ def loss_gradient(policy, batch, rows, config, reference=None):
             if reference:
                 far = completion_logprobs(policy, batch, micro_batch, config.temperature, reference)
                 loss = loss + config.kl * (weights * k3_divergence(logprobs, old, far)).sum()
-            new = torch.autograd.grad(loss, [*policy.trained.values()], materialize_grads=True)
-        if not gradient:
-            gradient = [x.float() for x in new]
-        else:
-            for i, more in enumerate(new):  # tensor by tensor, to free memory on the way
-                gradient[i] = gradient[i] + more
+            parameters = [*policy.trained.values()]
+            new: list[Any] = [*torch.autograd.grad(loss, parameters, materialize_grads=True)]
+        for i in range(len(new)):  # tensor by tensor, to free memory on the way
+            # A copy: autograd may return views, or one tensor for two parameters.
+            part = new[i].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+            new[i] = None
+            if i == len(gradient):
+                gradient.append(torch.zeros_like(part))
+            gradient[i] += part
     return gradient or [torch.zeros_like(x) for x in policy.masters.values()], found
 
 
@@ -478,8 +480,7 @@ def set_gradient(policy, gradient, max_norm):
     max_norm (0: never); returns its norm before that. Nothing calls backward(): the weights that
     are trained on may be bfloat16, and the optimizer steps their float32 masters."""
     for master, new in zip(policy.masters.values(), gradient):
-        # A copy: autograd may return views, or one tensor for two parameters.
-        master.grad = new.clone(memory_format=torch.contiguous_format)
+        master.grad = new
         collective(dist.all_reduce, master.grad)
     grads = [master.grad for master in policy.masters.values()]
     norm = square(grads) ** 0.5

@@ -181,10 +181,10 @@ def within_errors(values, truth, largest=None):
     return abs(values.mean() - truth) < 3 * error < 0.06 * abs(largest or truth)
 
 
-CASES = [("std", "diagonal")]  # of the norm and the optimizer
-CASES += [
-    pytest.param(*x, marks=slow) for x in itertools.product(NORMS, DIAGONALS) if x != CASES[0]
-]
+CASES = [("std", "diagonal")]  # a norm, and an optimizer's diagonal
+for case in itertools.product(NORMS, DIAGONALS):
+    if case not in CASES:
+        CASES.append(pytest.param(*case, marks=slow))
 
 
 @pytest.mark.parametrize(("norm", "name"), CASES)
