@@ -205,6 +205,7 @@ def test_directional_curvature():
 # ----------------------- rollout and gradient against the naive pass ------------------------------
 
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -241,6 +242,7 @@ from benchmarks.pretend_cuda import Pretence
 from grpo import Config, InputError, Policy, Problem, RunError
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more only cost here
+gc.freeze()  # or what has been imported is searched for garbage again and again: 3 s
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 LETTERS = grpo.TASKS["letters"]
