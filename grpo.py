@@ -1104,7 +1104,7 @@ SYMBOLS = str.maketrans({"²": "^2", "³": "^3", "×": "*", "·": "*", "π": r"\
 # Binary +, subscripts, parenthesised factors, functions, ranges, products (but 2*x is 2x), second
 # numbers, and every other sign.
 OPERATOR = r"(?<=[\w)\]}|]) *(\+)|_\{?(\w+)|(?<=[\w)}]) *(\()|(\)) *(?=\w)|(\\[a-zA-Z]+)\(?|\.\."
-OPERATOR += r"|\*(?! *[a-zA-Z\\])|,(?! ?\}?[0-9]{3})|\d( +)(?=\d)|\b(and|or)\b|[^\w\s.,+*(){}\[\]]"
+OPERATOR += r"|\*(?! *[a-zA-Z\\])|(?<!\{),|\d( +)(?=\d)|\b(and|or)\b|[^\w\s.,+*(){}\[\]]"
 # Valid LaTeX on which the parser never finishes or never frees its memory; no answer contains it.
 BOMB = r"(?<!\\)!|[0-9.]{50}|(?:[({\[][^(){}\[\]]*){20}|\^\s*[{(]?[-\s]*[0-9.]{5}"
 BOMB += r"|\^(?:[^a-zA-Z^+)}\]]*|[^a-zA-Z^+]*[)}\]]\s*)\^"
@@ -1131,7 +1131,7 @@ def parts(text):
     text = re.sub(r"\\[dtc]?frac", "/", text)
     text = re.sub(rf"({DIGITS}) *\* *10\^\{{?(-?[0-9]{{1,2}})\}}?", r"\1E\2", text)
     words = " ".join(re.findall(UNIT, text)).lower().replace("$", "dollar").replace("%", "percent")
-    unit = {word.rstrip("es") for word in re.findall(r"[a-z]+|[^a-z\s.]", words)}
+    unit = {word.rstrip("es") for word in re.findall(r"[a-z]+|[23€£]", words)}
     text = re.sub(UNIT, "", text).strip()
     if re.fullmatch(NUMBER, text):
         return Fraction(re.sub("[ ,]", "", text)), unit, Counter()
@@ -1206,14 +1206,16 @@ def read_rows(source, raw=None):
             raw = load_dataset(path, *name, split=split)
         for number, row in enumerate(raw, 1):
             place = f"{source}, {'line' if is_file else 'row'} {number}"
-            if is_file and not row.strip():
-                continue
             if is_file:
+                if not row.strip():
+                    continue
                 row = json.loads(row.decode("utf-8-sig"), parse_float=str, parse_constant=str)
                 json.dumps(row, ensure_ascii=False).encode()  # half a surrogate has no tokens
-            rows[place] = dict(row)
+            if not isinstance(row, dict):
+                raise TypeError("not an object with named columns")
+            rows[place] = row
     except Exception as error:  # what datasets raises has no common class
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{place}: {error}".replace(": line 1 ", ": ")) from error
     return rows
 
 

@@ -204,6 +204,7 @@ def test_directional_curvature():
 
 # ----------------------- rollout and gradient against the naive pass ------------------------------
 
+import datetime
 import functools
 import gc
 import inspect
@@ -1246,139 +1247,178 @@ def test_share_gather_and_everyone_by_hand(tmp_path, monkeypatch):
 # --------------------------------------- grader and data ------------------------------------------
 
 GRADES = r"""
-18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18
-18 ✓ #### 18 dollars ¦ #### The answer is 18
-18 ✓ #### **18** ¦ #### 10 + 8 = 18 ¦ I think 12, no, 18.
-18 ✗ #### 17 or 18 ¦ #### ¦ nothing ¦  ¦ 180 ¦ \boxed{18 ‖ 17 ✗ \boxed{17} \boxed{18
-12 ✗ I think 12, no, 18. ¦ #### 1,2 ‖ 7 ✓ #### +7 ¦ so \fbox{7} of 8 ✗ #### -7
+18 ✓ so\n#### 18 ¦ #### 18. ¦ #### 18.0 ¦ #### 018 ¦ ####18 ¦ #### 18 dollars ¦ #### **18** km
+18 ✓ #### The answer is 18 ¦ #### 10 + 8 = 18 ¦ I think 12, no, 18. ‖ 17 ✗ \boxed{17} \boxed{18
+18 ✗ #### 17 or 18 ¦ #### ¦ nothing ¦  ¦ 180 ¦ \boxed{18 ¦ #### x = 16 or x = 18 ¦ \boxed{18, 3}
+12 ✗ I think 12, no, 18. ¦ #### 1,2 ‖ 7 ✓ #### +7 ¦ so \fbox{7} of 8 ✗ #### -7 ‖ 0 ✗ \boxed{}
 -7 ✓ #### -7 ¦ #### −7 ¦ #### - 7 ¦ #### -$7 ¦ #### $-7 ‖ 1200 ✓ #### $1,200 ¦ It costs $1,200.
-200 ✗ #### $1,200 ‖ 1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1
+200 ✗ #### $1,200 ‖ 1200.5 ✓ #### 1,200.50 ‖ 1,200 ✓ #### 1200 ✗ #### 1 ‖ -3 ✓ it is -3
 1234.5 ✓ \boxed{\$1,234.50} ‖ 7.5 ✓ \boxed{\$7.50} ‖ 10000 ✓ \boxed{10,\!000} ‖ 3.5 ✓ \boxed 3.5.
 3 ✓ pages 1-3 ¦ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
 4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples
-50 ✓ #### 50% ¦ #### 50\%
-5 ✓ #### €5 ¦ #### 5 a day ‖ 5 ✓ #### 5 km/hour ¦ #### 5 m
-5 ✓ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ✗ #### 5x
+5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ¦ #### 5 times
+5 ✓ #### €5 ¦ #### 5 a day ¦ #### 5 km/hour ¦ \boxed{\sqrt{25}} ¦ \boxed{\left(5\right)}
+5 ✗ #### 5x ¦ it is 5² ¦ #### 2 \cdot 2.5 ¦ \boxed{\gcd(10,25)} ¦ \boxed{5!} ¦ #### 5 xy
+-5 ✓ it is −5 ¦ −$5.\n ✗ 3 - 5 ‖ 3/4 ✓ so 3/4 ¦ 0.75\n ✗ 4 ‖ 4 ✗ it is 3/4 ‖ 3 ✗ 3/4 ¦ 1.5e3
+1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ¦ \boxed{1.5 \times 10^3} ✗ 1.5e2 ‖ 10 ✗ 1e100
 1/2 ✓ #### .5 ‖ 0.75 ✓ #### 3/4 ‖ 0.5 ✓ \boxed{\frac{1}{2}} ‖ \frac{1}{2} ✓ \boxed{\dfrac12}
-2 ✗ \boxed{2\pi} ¦ #### 2 pi ¦ \boxed{2  pi} ¦ \boxed{2 x} ¦ \boxed{\sqrt{2}}
-2\sqrt{2} ✓ \boxed{\sqrt{8}}
-\text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob} ‖ 90 ✓ \boxed{90^\circ}
+9/5 ✓ \boxed{1\frac{4}{5}} ‖ 10^{-7} ✓ #### 1e-7 ¦ \boxed{10^{-7}} ✗ 0.0 ‖ 0.333333 ✗ #### 1/3
+2 ✗ \boxed{2\pi} ¦ #### 2 pi ¦ \boxed{2  pi} ¦ \boxed{2 x} ¦ \boxed{\sqrt{2}} ¦ \boxed{17 \mod 5}
+50 ✓ #### 50% ¦ #### 50\% ‖ 53 ✗ \boxed{5(3)} ‖ 72 ✗ #### 48+48/2 ‖ 1024 ✗ \boxed{2^{10}}
+1/3 ✗ \boxed{\int_0^1 x^2 dx} ‖ 4368 ✗ \boxed{\binom{16}{5}} ‖ 3 ✗ #### 3 and a half
+x-y=0 ✓ \boxed{x-y=0} ✗ #### 0 ‖ 100 ✗ #### 100, 100 ‖ 20000 ✓ \boxed{20{,}000}
+5 m ✓ #### 5 m ¦ #### 5 ¦ \boxed{5\text{ m}} ✗ #### 5 km ¦ #### 5 m^2 ‖ \$5 ✓ \boxed{\$5} ✗ #### 5€
+5 dollars ✓ #### \$5 ¦ #### 5 dollar ✗ #### 5 cents ‖ 4 \mbox{ inches}^2 ✓ #### 4 inch²
+15 ✓ \boxed{15 \text{ cm}^{3}} ‖ \text{e} ✗ \boxed{\text{e}^2} ‖ 90 ✓ \boxed{90^\circ}
+\frac{2^{10}}{3^5} ✓ \boxed{\frac{2^{10}}{3^5}} ¦ #### 1024/243 ‖ 8/9 ✗ \boxed{\frac{2^{3}}{3^2}}
+2\sqrt{2} ✓ \boxed{\sqrt{8}} ‖ \frac{\sqrt{3}}{3} ✓ \boxed{\frac{1}{\sqrt{3}}} ‖ 1+x ✓ \boxed{x+1}
+2\pi ✓ \boxed{2 \cdot \pi} ¦ \boxed{2π} ✗ #### 6.283185 ¦ \boxed{\pi+\pi} ‖ 3x ✗ \boxed{x+2x}
+x^2+3x+2 ✓ \boxed{2 + 3 \cdot x + x^{2}} ✗ \boxed{(x+1)(x+2)} ‖ 3 ✗ #### 3\sqrt{13}.
+(a+5)(b+2) ✓ \boxed{(b+2)(a+5)} ✗ \boxed{ab+2a+5b+10} ‖ 52_8 ✓ \boxed{52_{8}} ✗ \boxed{52_9}
+42 ✓ \boxed{42} \ ‖ 4 ✗ it is 1.5e3 ‖ 864 \mbox{ inches}^2 ✓ \boxed{864}
+2k+2 ✓ \boxed{f(k) = 2k+2} ✗ \boxed{2(k+1)} ‖ 1 \pm \sqrt{2} ✓ \boxed{1+\sqrt{2}, 1-\sqrt{2}}
 \left( 3, \frac{\pi}{2} \right) ✓ \boxed{(3,\frac{\pi}{2})} ‖ [-2,7] ✓ \boxed{x \in [-2,7]}
-(-2,7) ✗ \boxed{(7,-2)} ‖ 42 ✓ \boxed{42} \ ‖ 864 \mbox{ inches}^2 ✓ \boxed{864}
-15 ✓ \boxed{15 \text{ cm}^{3}} ‖ \text{e} ✗ \boxed{\text{e}^2}
-(3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ 0 ✗ \boxed{}
--5 ✓ it is −5 ¦ −$5.\n ✗ 3 - 5 ‖ 3/4 ✓ so 3/4 ¦ 0.75\n ✗ 4 ‖ 4 ✗ it is 3/4 ¦ 1.5e3 ‖ 3 ✗ 3/4 ¦ 1.5e3
-1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ✗ 1.5e2 ‖ 10 ✗ 1e100
-5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n ‖ 1+x ✓ \boxed{x+1} ‖ 53 ✗ \boxed{5(3)} ‖ 1024 ✓ \boxed{2^{10}}
--3 ✓ it is -3
+(3,100) ✓ \boxed{(3, 100)} ✗ \boxed{3100} ‖ [0,100) ✗ \boxed{100} ‖ (-2,7) ✗ \boxed{(7,-2)}
+\text{Evelyn} ✓ \boxed{\text{Evelyn}} ¦ \boxed{Evelyn} ✗ \boxed{Bob}
 """
 
 
-@pytest.mark.parametrize("line", re.split(" ‖ |\n", GRADES.strip()))
+@pytest.mark.parametrize("line", GRADES.strip().splitlines())
 def test_grade(line):
     """A gold answer, and completions that have it, or do not; also in a thread, without signals to
     stop a parser."""
-    answer, *parts = re.split(" ([✓✗]) ", line.replace("\\n", "\n"))
     with ThreadPoolExecutor(1) as pool:
-        for mark, completions in zip(parts[::2], parts[1::2]):
-            for completion in completions.split(" ¦ "):
-                there = pool.submit(grpo.grade, completion, answer).result()
-                assert grpo.grade(completion, answer) == there == (mark == "✓"), completion
-
-
-REPEATED = dict(deadline=None, database=None, derandomize=True)  # the same examples at every run
-# What stands around an answer, or around the line that marks one; what marks it.
-AROUND = "{}¦{}\n¦{}\n\n¦ {} ¦{}.¦{}.\n¦**{}**¦**{}.**\n¦${}$¦${}$.¦`{}`¦x = {} \n"
-AROUND += "¦```\n{}\n```¦```text\n{}\n```\n¦\n\n{}"
-MARKS = "{}¦I think 12, no, {}¦#### {}¦so 12:\n#### {}¦#### **{}**¦#### ${}$¦\\boxed{{{}}}"
-FORMS = "{}¦{} km¦{} apples¦{} km/hour¦{} square feet.¦{}%¦{}\\%¦${}¦\\${}¦€{}¦{} €"
-
-
-@pytest.mark.parametrize("examples", [200, pytest.param(20_000, marks=slow)])
-def test_a_right_number_earns_1_in_every_form_and_its_neighbour_0(examples):
-    """Signs, thousands, decimals, percent, currency, units; the neighbour differs by one in the
-    last digit."""
-
-    def check(value, decimals, sign, thousands, form, mark, around, inner):
-        def text(number):
-            shown = f"{number / 10**decimals:{',' if thousands else ''}.{decimals}f}"
-            return form.format(sign + shown) if inner else sign + form.format(shown)
-
-        gold = f"{'-' * (sign in '-−' and sign != '')}{value / 10**decimals:.{decimals}f}"
-        for number, grade in ((value, 1.0), (value + 1, 0.0)):
-            completion = around.format(mark.format(text(number)))
-            assert grpo.grade(completion, gold) == grade, (completion, gold)
-
-    flags, signs = st.booleans(), st.sampled_from(["", "-", "−", "+"])
-    shapes = (st.sampled_from(texts.split("¦")) for texts in (FORMS, MARKS, AROUND))
-    parts = st.integers(0, 10**6), st.integers(0, 3), signs, flags, *shapes, flags
-    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(*parts)(check))()
+        for row in line.replace("\\n", "\n").split(" ‖ "):
+            answer, *parts = re.split(" ([✓✗]) ", row)
+            for mark, completions in zip(parts[::2], parts[1::2]):
+                for completion in completions.split(" ¦ "):
+                    there = pool.submit(grpo.grade, completion, answer).result()
+                    assert grpo.grade(completion, answer) == there == (mark == "✓"), completion
 
 
 # fmt: off
-HOSTILE = [
-    "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200,
-    "{" * 200, "x" * 250, "9" * 10**6, "\\boxed{" * 10**5, "####" * 10**5, "1," * 10**6,
-    "a" * 10**6, "-" * 10**6, " " * 10**6, "\\text{" * 10**5, "^" * 10**5,
-    "(" * 10**5 + "," * 10**5, "\\int_0^1 x^{x^x}", "\\sqrt{" * 60 + "2" + "}" * 60,
-    "\\frac{1}{0}", "٣", "\0", "$" * 999,
-    pytest.param("\\sum_{n=1}^{9999} \\frac{1}{n^9}", marks=slow),
+REPEATED = dict(deadline=None, database=None, derandomize=True)  # the same examples at every run
+FORMS = [
+    "{}", "{} km", "{} apples", "{} km/hour", "{} square feet.", "{}%", "{}\\%", "${}", "\\${}",
+    "€{}", "{} €",
+]
+MARKS = [  # without a mark, "1-3" ends in 3
+    "{}", "I think 12, no, {}",
+    "#### {}", "so 12:\n#### {}", "#### **{}**", "#### ${}$", "\\boxed{{{}}}",
+]
+AROUND = [
+    "{}", "{}\n", "{}\n\n", " {} ", "{}.", "{}.\n", "**{}**", "**{}.**\n", "${}$", "${}$.", "`{}`",
+    "x = {} \n", "```\n{}\n```", "```text\n{}\n```\n", "\n\n{}",
+]
+SPOILED = [  # what is made from a number n, and is not n whatever it works out to
+    "{n}-{k}", "{n}–{k}", "{n}...{k}", "{n} to {k}", "{n} \\ldots {k}", "{n}→{k}", "{n} -> {k}",
+    "{n} \\to {k}", "{n}**{k}", "{n}^{k}", "{n}^{{{k}}}", "{n}*{k}", "{n} \\times {k}", "{n}({k})",
+    "{k}\\cdot {n}", "{n} times four", "{n}+{k}", "{k} + {n}", "{n} \\pm {k}", "{n}-0", "{n} - {k}",
+    "{n} minus {k}", "{n} \\cup {k}", "{k} ∪ {n}", "{n}_{k}", "{n}_{{{k}}}", "{n}₂", "{n}, {k}",
+    "{n} or {k}", "{k} and {n}", "{n}\\\\{k}", "x = {k}, x = {n}", "{n} \\text{{ or }} {k}", "{n}²",
+    "{n}^a", "{n} squared", "{n}/7", "\\frac{{{n}}}{{7}}", "7/{n}", "{n} over six", "{n} \\div 7",
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_completions_get_no_reward_in_bounded_time(text):
-    """As completions, and as a gold answer, which is never boxed."""
-    boxed = f"\\boxed{{{text}}}"
-    for completion, answer in ((text, "\\frac{3}{4}"), (boxed, "\\frac{3}{4}"), ("3", text)):
-        began = time.perf_counter()
-        assert grpo.grade(completion, answer) == 0.0
-        assert time.perf_counter() - began < 3
+@pytest.mark.parametrize("examples", [100, pytest.param(20_000, marks=slow)])
+def test_grade_of_a_number_in_every_form_is_1_and_of_what_is_made_from_it_0(examples):
+    """Made from it: its neighbour, by one in the last digit; another unit; what is to work out."""
+
+    def check(value, k, decimals, sign, thousands, form, spoiled, mark, around, inner):
+        def text(number):
+            shown = f"{number / 10**decimals:{',' if thousands else ''}.{decimals}f}"
+            return form.format(sign + shown) if inner else sign + form.format(shown)
+
+        gold = f"{sign.strip('+').replace('−', '-')}{value / 10**decimals:.{decimals}f}"
+        for number, grade in ((value, 1.0), (value + 1, 0.0)):
+            completion = around.format(mark.format(text(number)))
+            assert grpo.grade(completion, gold) == grade, (completion, gold)
+        assert grpo.grade(f"\\boxed{{{gold} cubits}}", gold + " feet") == 0
+        if mark not in MARKS[:2]:
+            completion = around.format(mark.format(form.format(spoiled.format(n=gold, k=k))))
+            assert grpo.grade(completion, gold) == 0, (completion, gold)
+
+    parts = [st.integers(1, 10**6), st.integers(0, 3) | st.integers(0, 10**6), st.integers(0, 3)]
+    choices = [["", "-", "−", "+"], [False, True], FORMS, SPOILED, MARKS, AROUND, [False, True]]
+    parts += [st.sampled_from(choice) for choice in choices]
+    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(*parts)(check))()
 
 
 STRANGE = ["é" * 301, "(" * 20 + "x", "[a" * 20 + "]" * 20, "{" * 30 + "}" * 30, "9" * 301]
+HOSTILE = [
+    *STRANGE, "9^{9^{9^9}}", "(9^{99})^{(9^{99})}", "((9^{999})^{999})^{999}", "10000!!", "(" * 200,
+    "{" * 200, "x" * 250, "9" * 10**6, "\\boxed{" * 10**4, "####" * 10**4, "1," * 10**6, "٣", "\0",
+    "a" * 10**5, "-" * 10**5, " " * 10**5, "\\text{" * 10**5, "^" * 10**5, "$" * 999,
+    "(" * 10**5 + "," * 10**5, "\\sqrt{" * 60 + "2" + "}" * 60, "\\frac{1}{0}",
+    pytest.param("\\sum_{n=1}^{9999} \\frac{1}{n^9}", marks=slow),
+    pytest.param("\\binom{999999999}{499999999}", marks=slow),
+    pytest.param("\\int_0^1 x^{x^x}", marks=slow),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", STRANGE)
-def test_what_no_answer_is_like_is_never_parsed(text, monkeypatch):
-    """The parser needs a second and a hundred megabytes for such a text, and keeps some of them."""
-    parsed = []
-    monkeypatch.setattr("math_verify.parse", lambda text, **_: parsed.append(text) or [])
-    assert grpo.grade("\\boxed{x}", text) == grpo.grade(f"\\boxed{{{text}}}", "x") == 0
-    assert parsed == []
+@pytest.mark.parametrize("text", HOSTILE)
+def test_grade_of_hostile_completions_is_0_in_bounded_time(text, monkeypatch):
+    """As completions, and as a gold answer, which is never boxed. The parser needs a second and a
+    hundred megabytes for what no answer is like, and keeps some of them: it never sees that."""
+    if text in STRANGE:
+        monkeypatch.delattr("math_verify.parse")
+    boxed = f"\\boxed{{{text}}}"
+    pairs = (text, "\\frac{3}{4}"), (boxed, "\\frac{3}{4}"), (boxed, "x"), ("3", text)
+    for completion, answer in pairs:
+        began = time.process_time()
+        assert grpo.grade(completion, answer) == 0
+        assert time.process_time() - began < 3
 
 
-ROWS = r"""
-{"question": "q", "answer": "2+2=<<2+2=4>>4\n#### 4"} -> 4
-{"problem": "q", "solution": "so \\boxed{\\frac{1}{2}}."} -> \frac{1}{2}
-{"prompt": "q", "solution": "\\boxed{1} \\boxed{2}", "final_answer": 7} -> 7
-{"text": "q", "answer": "1"} -> ! no column of each
-{"question": "q", "reply": "1"} -> ! no column .*answer
-{"question": "q", "answer": ""} -> ! row 1: ‖ {"question": "q", "answer": null} -> ! row 1:
-{"question": "q", "answer": "\\frac{1}{2"} -> ! row 1:
-{"question": "q", "answer": "#### "} -> ! row 1:
-{"question": " ", "answer": "1"} -> ! row 1: no question
-"""
+LINES = [  # a line of a file, what is loaded from it or said of it
+    ('{"question": "q", "answer": "2+2=<<2+2=4>>4\\n#### 4"}', ("q", "4", None)),
+    ('{"problem": "q", "solution": "so \\\\boxed{\\\\frac{1}{2}}."}', ("q", "\\frac{1}{2}", None)),
+    ('{"prompt": "q", "solution": "\\\\boxed{1}", "final_answer": 7}', ("q", "7", None)),
+    ('{"question": "é", "answer": 12345678901234567890}', ("é", "12345678901234567890", None)),
+    ('{"question": "q", "answer": 0.10, "level": 5}', ("q", "0.10", 5)),
+    ('{"question": "q", "answer": 1e3, "level": 0.50}', ("q", "1e3", "0.50")),
+    ('{"question": "q", "answer": "2020-01-01", "level": [1, {"a": null}]}',
+     ("q", "2020-01-01", [1, {"a": None}])),
+    ('{"text": "q", "answer": "1"}', "cannot load .*no row with one each of .*text"),
+    ('{"question": "q"}', "cannot load .*no row"),
+    ('{"question": "q", "answer": ""}', "line 2: no answer"),
+    ('{"question": "q", "answer": "\\\\frac{1}{2"}', "line 2: no completion could equal"),
+    ('{"question": "q", "answer": "#### "}', "line 2: no completion could equal"),
+    ('{"question": "q", "answer": "5!"}', "line 2: no completion could equal the answer '5!'"),
+    ('{"question": "q", "answer": true}', "line 2: no completion could equal"),
+    ('{"question": "q", "solution": "so 4"}', "line 2: no solution .*boxed"),
+    ('{"question": " ", "answer": "1"}', "line 2: no question"),
+    ('{"question": "q", "answer": "1"}\r\n\n{"question": "q"}', "line 4: no answer"),
+    ("{", "line 2: Expecting property name enclosed in double quotes: column 2"),
+    ("[1]", "line 2: not an object"),
+    ('{"question": "\\ud800"}', "line 2: .*surrogates not allowed"),
+    ("[" * 100_000, "line 2: .*recursion"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", re.split(" ‖ |\n", ROWS.strip()))
-def test_columns_are_found_by_name_and_unusable_rows_named(line):
-    row, expected = line.split(" -> ")
-    rows = Dataset.from_list([json.loads(row)])
-    if expected[0] != "!":
-        assert grpo.load_rows("file", True, rows) == [("q", expected, None)]
+@pytest.mark.parametrize(("text", "expected"), LINES)
+def test_load_rows_of_a_file_takes_lines_as_written_or_names_them(text, expected, tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n\ufeff" + text)
+    if isinstance(expected, tuple):
+        assert grpo.load_rows(str(path), True) == [expected]
         return
-    with pytest.raises(InputError, match=f"^[^\n]*file.*{expected[2:]}[^\n]*$"):
-        grpo.load_rows("file", True, rows)
+    with pytest.raises(InputError, match=expected) as refused:
+        grpo.load_rows(str(path), True)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_split_of_a_data_set_is_loaded_with_or_without_a_configuration(tmp_path):
+def test_load_rows_of_a_data_set_with_or_without_a_configuration_and_of_a_list(tmp_path):
     for split, answer in (("train", 1), ("test", 2)):
-        row = {"question": "q", "answer": answer, "level": 5}
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
-    found = [grpo.load_rows(f"{tmp_path}:{name}", True) for name in ("test", "default:test")]
-    assert found == [[("q", "2", 5)]] * 2
+        row = {"question": "q", "answer": answer, "level": datetime.date(2020, 1, 2)}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row, default=str))
+    expected = [("q", "2", "2020-01-02")]
+    assert grpo.load_rows(f"{tmp_path}:test", True)[0][:2] == expected[0][:2]
+    assert grpo.load_rows(f"{tmp_path}:default:test", True)[0][:2] == expected[0][:2]
+    assert grpo.load_rows("list", True, [row]) == expected
+    with pytest.raises(InputError, match="^list, row 1: not an object with named columns"):
+        grpo.load_rows("list", True, ["q"])
 
 
 FILES = dict(gsm8k_test="gsm8k", svamp="gsm8k", math500="math")
@@ -1386,7 +1426,7 @@ FILES = dict(gsm8k_test="gsm8k", svamp="gsm8k", math500="math")
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"the public data files are not in {DATA}")
 @pytest.mark.parametrize(("file", "task"), FILES.items())
-def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
+def test_load_problems_of_real_files_and_grade_of_their_solutions(file, task):
     path = f"{DATA}/{file}.jsonl"
     config = Config(task=task, data=path, eval_problems=100)
     train, test = grpo.load_problems(config, None, grpo.grade)
@@ -1394,61 +1434,58 @@ def test_real_files_load_and_every_gold_answer_earns_its_reward(file, task):
     golds = [answer.split("####")[-1].strip() for answer in raw.answer]
     levels = raw.get("level", [None] * len(raw))
     assert sorted(train + test) == sorted(zip(raw.question, golds, levels, strict=True))
-    assert all(grpo.grade(f"so \\boxed{{{answer}}}.", answer) == 1 for answer in golds)
+    for solution, gold in zip(raw.answer, golds):
+        assert grpo.grade(solution if "####" in solution else f"\\boxed{{{solution}}}.", gold) == 1
 
 
 # What answers are made of, what breaks parsers, and what takes for ever if one lets it.
-# fmt: off
 PIECES = st.sampled_from([
     "\\boxed{", "####", "\\frac", "\\sqrt[", "^{", "9" * 10**6, "1e999999", "\\left(", "\\\\",
     "\\int", "\\begin{pmatrix}", "1,200", "\\text{", "^" * 50, "(" * 300, "é" * 10**6, "9!!!!!!!!",
     "2^{3^{4^{5^6}}}", *"{}!٣½\0\ud800&=$,.-/07x \n%",
-])
-# fmt: on
+])  # fmt: skip
 PARTS = st.one_of(st.lists(PIECES, max_size=12), st.text(max_size=60))  # to be joined
-thorough = pytest.mark.parametrize("examples", [50, pytest.param(5_000, marks=slow)])
 
 
-@thorough
-def test_grade_bears_anything(examples):
-    def check(parts):
-        began = time.perf_counter()
-        assert grpo.grade(*map("".join, parts)) in (0.0, 1.0) and time.perf_counter() - began < 3
-
-    # Hypothesis keeps what it makes: joined texts would be gigabytes of its own.
-    pairs = st.tuples(PARTS, PARTS)
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # noqa: E731, in GB
-    before = peak()
-    hypothesis.settings(max_examples=examples, **REPEATED)(hypothesis.given(pairs)(check))()
-    assert peak() - before < 0.5
-
-
-@thorough
-def test_files_of_anything_load_or_are_refused_in_one_line(examples, tmp_path):
-    values = st.one_of(PARTS.map("".join), st.none(), st.integers(-(2**62), 2**62), st.floats())
+@pytest.mark.parametrize("examples", [50, pytest.param(5_000, marks=slow)])
+def test_grade_and_load_rows_bear_anything(examples, tmp_path):
+    """In bounded time and memory; a file that cannot be used is refused in one line."""
+    values = st.one_of(PARTS, st.none(), st.integers(-(2**62), 2**62), st.floats())
     names = st.sampled_from(["question", "problem", "answer", "solution", "x"])
-    rows = st.dictionaries(names, values)
-    lines = st.one_of(rows.map(lambda row: json.dumps(row).encode()), st.binary(max_size=40))
+    rows = st.lists(st.dictionaries(names, values) | st.binary(max_size=40), max_size=2)
+    path = tmp_path / "problems.jsonl"
 
-    def check(lines):
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-        path.write_bytes(b"\n".join(lines))
+    def text(value):  # joined here, for Hypothesis keeps what it makes: that would be gigabytes
+        return "".join(value) if isinstance(value, list) else value
+
+    def line(row):
+        if isinstance(row, bytes):
+            return row
+        return json.dumps({name: text(value) for name, value in row.items()}).encode()
+
+    def check(pair, rows):
+        began = time.process_time()
+        assert grpo.grade(*map(text, pair)) in (0.0, 1.0) and time.process_time() - began < 3
+        path.write_bytes(b"\n".join(map(line, rows)))
         try:
             for question, answer, _ in grpo.load_rows(str(path), True):
-                assert str(question).strip() and 0 < len(answer) <= grpo.MAX_SPAN
+                assert question.strip() and 0 < len(answer) <= grpo.MAX_SPAN
         except InputError as error:
             assert "\n" not in str(error) and str(path) in str(error)
 
-    few = hypothesis.settings(max_examples=examples // 3, **REPEATED)
-    few(hypothesis.given(st.lists(lines, max_size=3))(check))()
+    given = hypothesis.given(st.tuples(PARTS, PARTS), rows)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hypothesis.settings(max_examples=examples, **REPEATED)(given(check))()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KB
 
 
 @pytest.mark.parametrize("name", ["letters", "arith"])
-def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
-    task, shifts = grpo.TASKS[name], set()
+def test_load_rows_of_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
+    task = grpo.TASKS[name]
     train, test = (grpo.load_rows(path, False) for path in (task.train, task.test))
-    questions = [{question for question, *_ in rows} for rows in (train, test)]
-    assert len(test) == 512 and len(set.union(*questions)) == len(train) + 512 > 5000
+    assert len(test) == 512 and len({question for question, *_ in train + test}) > 5000
+    assert not {question for question, *_ in train} & {question for question, *_ in test}
+    shifts = set()
     for question, answer, level in train + test:
         a, b = question.removesuffix("=").split("+")
         if name == "letters":  # each digit plus the letter's own one
@@ -1456,36 +1493,32 @@ def test_embedded_problems_are_right_and_the_held_out_ones_unseen(name):
             shifts |= {(a, (int(x) - int(y)) % 10) for x, y in zip(answer, b, strict=True)}
         else:
             assert answer == f"{int(a) + int(b):04}"[::-1]
-            powers = 10, 100, 1000
-            assert level == sum(int(a) % n + int(b) % n >= n for n in powers)
+            assert level == sum(int(a) % n + int(b) % n >= n for n in (10, 100, 1000))  # carries
     assert len(shifts) == len(dict(shifts)) == (6 if name == "letters" else 0)
 
 
 def test_load_problems_holds_out_what_is_not_trained_on(tmp_path):
-    """Of a file of one's own a third at most, always the same; else of another file the first."""
-    rows = [{"question": f"q{i}", "answer": str(i), "level": i % 3} for i in range(10)]
+    """Of a file of one's own a third of the questions at most, always the same; else of another
+    file the first."""
+    rows = [{"question": f"q{i % 10}", "answer": str(i), "level": i % 3} for i in range(20)]
     path = tmp_path / "own.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    expected = [(f"q{i}", str(i), i % 3) for i in range(10)]
+    expected = sorted((f"q{i % 10}", str(i), i % 3) for i in range(20))
     own = Config(task="math", data=str(path))
-    for config, dataset, count in (
-        (own, None, 3), (replace(own, eval_problems=2, seed=1), None, 2),
-        (Config(task="math"), Dataset.from_list(rows), 3),
-    ):  # fmt: skip
+    for config, dataset in ((own, None), (Config(task="letters"), Dataset.from_list(rows))):
         train, test = grpo.load_problems(config, dataset, parity)
-        assert len(test) == count and sorted(train + test) == expected
-        assert train + test != expected and grpo.load_problems(config, dataset, None)[1] == test
-    other = replace(own, eval_data=LETTERS.test, eval_problems=2)
+        assert len(test) == 6 and sorted(train + test) == expected != train + test
+        assert not {question for question, *_ in train} & {question for question, *_ in test}
+        assert grpo.load_problems(replace(config, eval_problems=3), dataset, None)[1] == test[:3]
     letters = grpo.load_rows(LETTERS.test, False)
-    assert grpo.load_problems(other, None, None) == (expected, letters[:2])
+    other = grpo.load_problems(replace(own, eval_data=LETTERS.test, eval_problems=2), None, None)
+    assert (sorted(other[0]), other[1]) == (expected, letters[:2])
     train, test = grpo.load_problems(Config(task="letters", eval_problems=5), None, None)
     assert (len(train), test) == (5488, letters[:5])
     with pytest.raises(InputError, match="2 problems are too few to hold any out"):
         grpo.load_problems(own, Dataset.from_list(rows[:2]), None)
-    wrong = Dataset.from_list([{"question": "q", "answer": "\\frac{1}{2"}] * 3)
-    assert len(grpo.load_problems(own, wrong, parity)[0]) == 2  # a reward of one's own takes it
-    with pytest.raises(InputError, match="row 1"):
-        grpo.load_problems(own, wrong, grpo.grade)
+    with pytest.raises(InputError, match="cannot load dataset: no row"):
+        grpo.load_problems(own, Dataset.from_list([]), parity)
 
 
 BEGINS = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -1498,24 +1531,28 @@ TEMPLATES = [  # a template, and the text whose characters are the prompt's toke
 
 @pytest.mark.parametrize(("template", "expected"), TEMPLATES)
 def test_encode_problems_follows_the_chat_template_token_by_token(template, expected):
-    """The beginning of a text is marked once: by the template, or else by the tokenizer."""
+    """The beginning of a text is marked once: by the template, or else by the tokenizer; an end
+    that the tokenizer marks is dropped."""
     tokenizer = AutoTokenizer.from_pretrained(LETTERS.model)
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    bos = tokenizer.bos_token_id
-    single = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    special = [("<bos>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
+    single = TemplateProcessing(single="<bos> $A <eos>", special_tokens=special)
     tokenizer.backend_tokenizer.post_processor = single
     tokenizer.chat_template = template
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=len(expected) + 6))
-    policy = SimpleNamespace(tokenizer=tokenizer, model=model)
+    policy = SimpleNamespace(tokenizer=tokenizer, model=model, eos_ids=[tokenizer.eos_token_id])
     config = Config(instruction="say: {question}!", max_new_tokens=6)
     (problem,) = grpo.encode_problems([("e+7=", "1", "e")], policy, config)
     characters = ["<bos>" if x == "b" else x for x in expected]
     tokens = tokenizer.convert_tokens_to_ids(characters)
     assert problem == ("e+7=", "1", "e", tokens)
     (plain,) = grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, chat=False))
-    assert plain.prompt == [bos, *tokenizer.convert_tokens_to_ids([*"say: e+7=!"])]
-    with pytest.raises(InputError, match=f"over the context of {len(expected) + 6}.*: '"):
+    assert plain.prompt == tokenizer.convert_tokens_to_ids(["<bos>", *"say: e+7=!"])
+    with pytest.raises(InputError, match=f"context of {len(expected) + 6}: lower --max-new-tokens"):
         grpo.encode_problems([("e+7=", "1", "e")], policy, replace(config, max_new_tokens=7))
+    tokenizer.chat_template = "{{ raise_exception('no way') }}"
+    with pytest.raises(InputError, match=r"the chat template fails \(no way\): pass --chat false"):
+        grpo.encode_problems([("e+7=", "1", "e")], policy, config)
 
 
 # ---------------------------------------- the command line ----------------------------------------
