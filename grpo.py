@@ -814,7 +814,9 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
     with torch.no_grad():
         start = logprobs_at(0.0)
         rounding = ROUNDING * torch.finfo(dtype).eps * float(start.abs().mean() + 1)
-        wanted = max((rounding / 0.1) ** 0.5, 0.005 if dtype == torch.float64 else 0.03)
+        # That of the mean of ahead + behind, each with its own and twice that of the start.
+        noise = rounding * (6 / len(advantages)) ** 0.5
+        wanted = max((noise / 0.025) ** 0.5, 0.005 if dtype == torch.float64 else 0.03)
         wanted = min(wanted, 0.1)  # root mean square change, in nats
         distance = wanted / slope
         for _ in range(4):
@@ -828,9 +830,8 @@ def directional_curvature(sequence_logprobs, parameters, direction, advantages, 
         behind = logprobs_at(-distance) - start
     # expm1 keeps the digits that exp loses next to 1.
     curvature = float((advantages * (ahead.expm1() + behind.expm1())).mean()) / distance**2
-    # In ahead + behind there are four roundings: of either end, and twice that of the start.
     deviation = float(advantages.square().mean().sqrt())
-    error = deviation * 6**0.5 * rounding / len(advantages) ** 0.5 / distance**2
+    error = deviation * noise / distance**2
     if error > 0.1 * deviation * (change / distance) ** 2:
         return torch.nan, torch.nan
     return curvature, error
@@ -1621,7 +1622,8 @@ def main(arguments=None):
     about = str(__doc__).splitlines()[0]
     parser = HfArgumentParser(Config, prog="grpo.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
     parser.usage = argparse.SUPPRESS  # so that an error is one line
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
+    source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.M))
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
         if action.dest == "curvature":
