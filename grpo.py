@@ -911,7 +911,9 @@ def prepare_run(config, dataset, reward):
             f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
     if is_first() and config.curvature and config.measure_every and not small:
-        print(f"curvature: measured steps take {8 * count / 1e9:.1f} GB more, for float32 copies")
+        print(
+            f"curvature: measured steps take up to {8 * count / 1e9:.1f} GB more, for float32 copies"
+        )
     return run
 
 
