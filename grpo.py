@@ -92,8 +92,7 @@ class InputError(RunError):
 
 @dataclass
 class Config:
-    """The user's settings; --help shows the comments. None: not set, to be filled in by `resolve`,
-    which also checks the others."""
+    """The user's settings; --help shows the comments. None: not set, `resolve` fills it in."""
 
     norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
     task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default: letters, or math
@@ -1239,8 +1238,11 @@ def load_rows(source, graded, raw=None):
         final = marked_answer(text) or ("" if answer == "solution" else text)
         if not final:
             raise InputError(f"{place}: no {answer} (marked by \\boxed or ####): {text[-60:]!r}")
-        hopeless = final in ("True", "False") or re.search(BOMB, final)
-        if graded and (hopeless or not grade(f"\\boxed{{{final}}}", final)):
+        if graded and (
+            final in ("True", "False")
+            or re.search(BOMB, final)
+            or not grade(f"\\boxed{{{final}}}", final)
+        ):
             raise InputError(f"{place}: no completion could equal the {answer} {final[-60:]!r}")
         level = json.loads(json.dumps(row.get("level"), default=str))  # what logs can hold
         problems.append((asked, final, level))

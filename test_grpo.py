@@ -206,6 +206,7 @@ def test_directional_curvature():
 
 import datetime
 import functools
+import gc
 import inspect
 import itertools
 import json
@@ -242,6 +243,7 @@ from benchmarks.pretend_cuda import Pretence
 from grpo import Config, InputError, Policy, Problem, RunError
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # more only cost here
+gc.freeze()  # or what has been imported is searched for garbage again and again: 3 s
 DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 LETTERS = grpo.TASKS["letters"]
@@ -470,7 +472,7 @@ def test_loss_gradient_is_the_naive_one_whatever_the_split_and_order(kind, agg):
 
 
 def test_set_gradient_clips_the_norm_by_hand():
-    """Of (3, 4) and (12), 13 in all; autograd may return one tensor for two parameters."""
+    """Of (3, 4) and (12), 13 in all."""
     policy = SimpleNamespace(masters={"a": torch.zeros(2), "b": torch.zeros(1)})
     for max_norm, scale in ((0.0, 1), (20.0, 1), (6.5, 0.5)):
         norm = grpo.set_gradient(policy, [tensor([3.0, 4.0]), tensor([12.0])], max_norm)
@@ -478,9 +480,6 @@ def test_set_gradient_clips_the_norm_by_hand():
         assert norm == pytest.approx(13) and grads.tolist() == pytest.approx(
             [3 * scale, 4 * scale, 12 * scale]
         )
-    policy.masters["a"] = torch.zeros(1)
-    assert grpo.set_gradient(policy, [tensor([3.0])] * 2, 1.0) == pytest.approx(18**0.5)
-    assert policy.masters["a"].grad.item() == pytest.approx(0.5**0.5)
 
 
 SETTINGS = dict(steps=12, prompts=3, group=5, eval_every=4, eval_problems=4, save_every=4, lr=1e-3)
@@ -551,7 +550,10 @@ def test_evaluate_is_generate_and_then_the_rollout_of_each_problem(monkeypatch):
 
 
 def run(out, reward=parity, stop=(), **changes):
-    return grpo.train(settings(out, **changes), reward=reward, stop=stop)
+    """grpo.train, without the check of the model, which is a third of so short a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "check_model", lambda policy, *_: policy)
+        return grpo.train(settings(out, **changes), reward=reward, stop=stop)
 
 
 def read(out, name="metrics.jsonl"):
@@ -662,7 +664,7 @@ def test_train_is_the_naive_run(changes, tmp_path):
     torch.testing.assert_close(saved(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
 
-WHOLE = dict(dtype="bfloat16", kl=0.1)
+WHOLE = dict(dtype="bfloat16", kl=0.1, measure_every=6)
 
 
 @pytest.fixture(scope="module")
@@ -995,7 +997,7 @@ def test_train_leaves_logs_checkpoint_model_and_settings(whole):
     evaluation = {"eval_pass_rate", "eval_greedy", "eval_reward", "eval_greedy_reward"}
     assert [row["step"] for row in metrics] == list(range(13))
     assert [row["step"] for row in metrics if evaluation <= row.keys()] == [0, 4, 8, 12]
-    assert [row["step"] for row in metrics if "curvature" in row] == [0, 4, 8]
+    assert [row["step"] for row in metrics if "curvature" in row] == [0, 6]
     assert metrics[12].keys() == evaluation | {"step"}
     samples = read(out, "samples.jsonl")
     assert [row["step"] for row in samples] == [0] * 4 + [4] * 4 + [8] * 4 + [12] * 4

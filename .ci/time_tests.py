@@ -1,6 +1,7 @@
 """Run the quick tests; exit status 1 if they take over 20 times the processor time of `import
 torch`, child processes included. Machines differ in speed, less so in this ratio."""
 
+import os
 import resource
 import statistics
 import subprocess
@@ -20,7 +21,9 @@ def processor_seconds(*arguments):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-processor_seconds("-c", "import torch")  # the first time Python may have to compile it
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with which all is compiled every time
+processor_seconds("-c", "import torch")  # as it is the first time, in any case
+processor_seconds("-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider")
 imports = [processor_seconds("-c", "import torch") for _ in range(3)]
 tests = processor_seconds("-m", "pytest", "-q", "-p", "no:cacheprovider", *sys.argv[1:])
 ratio = tests / statistics.median(imports)

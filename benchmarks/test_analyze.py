@@ -223,6 +223,7 @@ def test_mere_speed_up_has_the_constant_and_the_phases_of_a_sigmoid_sped_up():
     assert found["constant"] == pytest.approx(1.1, abs=0.011) and found["found"]
 
 
+@slow
 def test_mere_speed_up_of_a_straight_line_has_no_phases():
     t = np.arange(250)
     gap = np.interp(t, [0, 100, 150, 250], [0, 0, 0.1, 0.1])  # which are phases, by another cause
@@ -888,6 +889,7 @@ def test_arrange_every_rate_then_each_norm_at_its_best(tmp_path):
 # -------------------------------------- logs and command line -------------------------------------
 
 
+@slow
 def test_main_compares_runs_that_differ_in_more_apart_and_a_seed_once(tmp_path):
     more = [
         {"group": 8, "geometry_every": 10},

@@ -4,6 +4,7 @@ them: nobody changes these in passing, and quick tests are for grpo.py and analy
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+if not os.environ.get("GRPO_SLOW"):  # before the imports, which are slow, too
+    pytest.skip("slow: set GRPO_SLOW=1", allow_module_level=True)
+
 import scipy.stats
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,12 +31,11 @@ import experiment  # noqa: E402
 import make_tasks  # noqa: E402
 import neighbours  # noqa: E402
 import warm_start  # noqa: E402
-from test_analyze import slow, write_run  # noqa: E402
+from test_analyze import write_run  # noqa: E402
 
 import grpo  # noqa: E402
 
 ASSETS = ROOT / "assets"
-pytestmark = slow
 
 
 def rows(path):
