@@ -1128,7 +1128,7 @@ def marked_answer(text):
 
 def parts(text):
     """Value of an answer that is a number, else None; its unit, singular; its operators' count."""
-    text = re.sub(r"\\(?:left|right|q?quad)(?![a-z])|\\[,;:!] ?|(?<!\\)(?:[$`]|\\(?= ))", "", text)
+    text = re.sub(r"\\(?:left|right|q?quad)\b|\\[,;:!] ?|(?<!\\)(?:[$`]|\\(?=[ ()]))", "", text)
     text = re.sub(r"\*\*|\^\{?\\circ\}?", " ", text).translate(SYMBOLS)
     text = re.sub(r"\\(?:text|mbox|math)[a-z]*\s*\{([^{}]*)\}", r" \1", text)
     text = re.sub(r"(.*)\\pm(.*)", r"\1+\2,\1-\2", text)
@@ -1158,7 +1158,8 @@ def grade(completion, answer):
     if not given or len(given) > MAX_SPAN or len(answer) > MAX_SPAN:
         return 0.0
     if "=" not in answer:
-        answer, given = (re.sub(EQUATION, "", text) for text in (answer, given))
+        answer = re.sub(EQUATION, "", answer)
+        given = re.sub(EQUATION, "", given)
     gold, gold_unit, allowed = parts(answer)
     found, unit, used = parts(given)
     if unit and gold_unit and unit != gold_unit:

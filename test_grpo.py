@@ -1257,7 +1257,7 @@ GRADES = r"""
 3 ✓ pages 1-3 ¦ #### 4 or \boxed{3} ✗ \boxed 3.5 ¦ #### 10-3 ¦ #### 3/0 ¦ #### 3\nno:\n#### 4
 4 ✓ #### 3\nno:\n#### 4 ¦ \boxed{3} #### 4 ‖ 9 ✗ 12 #### 4 and then 9 ‖ 8 ✗ #### 7 apples
 5 ✓ 3 - 5 ¦ ```\n5\n```\n ¦ $5$\n\n ¦ #### x = 5 ¦ \boxed{5\text{ cm}} ¦ \boxed 5 ¦ #### 5 times
-5 ✓ #### €5 ¦ #### 5 a day ¦ #### 5 km/hour ¦ \boxed{\sqrt{25}} ¦ \boxed{\left(5\right)}
+5 ✓ #### €5 ¦ #### 5 a day ¦ #### 5 km/hour ¦ \boxed{\sqrt{25}} ¦ #### \left(5\right) ¦ #### \(5\)
 5 ✗ #### 5x ¦ it is 5² ¦ #### 2 \cdot 2.5 ¦ \boxed{\gcd(10,25)} ¦ \boxed{5!} ¦ #### 5 xy
 -5 ✓ it is −5 ¦ −$5.\n ✗ 3 - 5 ‖ 3/4 ✓ so 3/4 ¦ 0.75\n ✗ 4 ‖ 4 ✗ it is 3/4 ‖ 3 ✗ 3/4 ¦ 1.5e3
 1500 ✓ it is 1.5e3.\n ¦ #### 1.5e3 ¦ #### 15E+2 ¦ \boxed{1.5 \times 10^3} ✗ 1.5e2 ‖ 10 ✗ 1e100
