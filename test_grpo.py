@@ -392,6 +392,15 @@ def test_encode_prompts_runs_each_once_and_the_output_layer_reads_no_strided_vie
     assert all(x.stride() == torch.empty(x.shape).stride() for x in seen)
 
 
+def test_encode_prompts_repeats_each_prompts_logits_in_any_order():
+    policy = make_policy(make_model("gpt2"))
+    mask, _, logits = grpo.encode_prompts(policy, PROMPTS, tensor([2, 0, 2, 3]))
+    assert mask.sum(1).tolist() == [3, 5, 3, 1]
+    for found, p in zip(logits, (2, 0, 2, 3), strict=True):
+        expected = policy.model(tensor([PROMPTS[p]])).logits[0, -1]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pad_prompts_and_extend_count_positions_from_a_prompts_beginning():
     """Of prompts that end side by side, and may contain token 0."""
     tokens, mask = grpo.pad_prompts([[5, 0, 7], [9]], "cpu")
@@ -761,13 +770,16 @@ def test_train_skips_steps_that_are_not_finite_and_ends_after_five_in_a_row(tmp_
     monkeypatch.setattr(grpo, "draw", counted)
     monkeypatch.setattr(grpo, "sample_tokens", spoil)
     with pytest.raises(RunError, match="no finite gradient in 5 steps in a row, up to 10"):
-        run(tmp_path, lambda *x: parity(*x) * (steps[-1] != 6), **BRIEF | dict(steps=30))
+        changes = BRIEF | dict(steps=30, save_every=1)
+        run(tmp_path, lambda *x: parity(*x) * (steps[-1] != 6), **changes)
     lines = read(tmp_path)
     assert len(lines) == 11
     for line in lines:
         assert line["skipped"] == (line["step"] in spoiled)
         assert (line["grad_norm"] is line["entropy"] is None) == (line["step"] in spoiled)
-    assert all(x.isfinite().all() for x in load_file(tmp_path / grpo.CHECKPOINT).values())
+    saved = load_file(tmp_path / grpo.CHECKPOINT)
+    assert all(x.isfinite().all() for x in saved.values())
+    assert saved["step.transformer.wte.weight"] == 2  # steps 0 and 5
 
 
 def test_start_run_takes_one_thread_for_a_small_model_and_gives_the_others_back(monkeypatch):
@@ -907,6 +919,17 @@ def test_measure_takes_features_levels_and_sketches(tmp_path, monkeypatch):
         assert sketched[name] == pytest.approx(line[name], abs=0.02)
     policy.model.forward = lambda *_, **__: SimpleNamespace(logits=None)
     assert grpo.prompt_features(policy, PROMPTS).isnan().all()
+
+
+def test_precise_parameters_are_the_masters_in_float64_and_large_ones_in_float32(monkeypatch):
+    """Not the working ones in bfloat16, of which the masters are a thousandth away."""
+    policy = grpo.load_policy(grpo.resolve(settings("-", dtype="bfloat16")))
+    for master in policy.masters.values():
+        master += 1e-3
+    for small, dtype in ((1e6, torch.float64), (1e5, torch.float32)):
+        monkeypatch.setattr(grpo, "SMALL", small)
+        precise = grpo.precise_parameters(policy)
+        assert all(torch.equal(precise[k], x.to(dtype)) for k, x in policy.masters.items())
 
 
 def test_measure_does_not_depend_on_the_advantages(tmp_path, monkeypatch):

@@ -125,9 +125,17 @@ def test_prepare_run_says_what_curvature_costs_in_memory(monkeypatch, capsys):
     """Two float32 copies of 133,728 parameters, which are many here."""
     monkeypatch.setattr(grpo, "SMALL", 1000)
     for curvature in (None, True):
-        grpo.prepare_run(settings("-", curvature=curvature), None, parity)
+        begun = grpo.prepare_run(settings("-", curvature=curvature), None, parity)
         said = "curvature: measured steps take up to 0.0 GB more" in capsys.readouterr().out
-        assert said == bool(curvature)
+        assert said == begun.config.curvature == bool(curvature)
+    monkeypatch.setattr(grpo, "SMALL", 1e6)
+    assert not grpo.prepare_run(settings("-", curvature=False), None, parity).config.curvature
+
+
+def test_start_run_ends_with_what_another_process_was_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "gather", lambda own: [*own, InputError("no file on node 1")])
+    with pytest.raises(InputError, match="no file on node 1"):
+        run(tmp_path, **BRIEF)
 
 
 @pytest.mark.parametrize("blind", ["mask", "positions"])
