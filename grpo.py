@@ -8,7 +8,7 @@
     python grpo.py --model DIR --data FILE.jsonl
     torchrun --nproc_per_node 2 grpo.py     # the same run, its prompts shared out to two processes
 
-GRPO in five lines. For each of P prompts:
+GRPO in short. For each of P prompts:
 
     sample G completions from the policy
     score them: rewards r [G]
@@ -19,26 +19,26 @@ and the optimizer takes one step along the gradient of the P losses' mean. `--no
 scale and changes nothing else: none 1, std 1 / sigma, var 1 / sigma^2 (ascent on the log-odds),
 batch 1 / (standard deviation of all P*G rewards).
 
-What is not as in GRPO as published (Shao et al. 2024, arXiv 2402.03300):
+Differences from GRPO as published (Shao et al. 2024, arXiv 2402.03300):
 
-  - A completion's token terms are summed, not averaged: so the gradient is that of the expected
-    reward, times (G-1)/G. `--agg mean` averages; `--agg token` is DAPO's (arXiv 2503.14476);
-    `--norm none` with the sum is Dr. GRPO (arXiv 2503.20783), up to a constant.
+  - A completion's token terms are summed, not averaged: with `--norm none` the gradient is that of
+    the expected reward, times (G-1)/G. `--agg mean` averages; `--agg token` is DAPO's (arXiv
+    2503.14476); `--norm none` with the sum is Dr. GRPO (arXiv 2503.20783), up to a constant.
   - sigma is the population standard deviation (TRL, verl and OpenRLHF take the sample one), eps is
     1e-6, and a group of equal rewards has advantages of exactly 0.
-  - No KL term unless `--kl` > 0, and then the importance ratio weighs it.
+  - No KL term unless `--kl` > 0; the importance ratio multiplies it, so its gradient is right.
   - One update per batch, at which the importance ratio is 1, unless `--epochs` > 1.
   - What is sampled is what is trained: no top-k, no top-p, one temperature for both.
   - Rewards come from a checker, not from a model; AdamW has no weight decay.
 
-Part one, the algorithm: `train`, and what it calls, in the order of the calls. Read this.
+Part one, the algorithm: `train`, its formulas, then sampling, gradient, evaluation. Read this.
 Part two, the measurement: what Ge et al. (arXiv 2601.23135) explain the division with, for those
 who want to know why: each prompt's gradient, how orthogonal they are, the curvature along them.
 Part three, the plumbing: models, answers, data, files, processes, the command line. Skip it.
 
 Functions that need only torch and their arguments are there to be copied: group_advantages (with
 advantage_scale), token_weights, policy_loss, k3_divergence, sample_tokens, gradient_geometry (with
-pair_cosines), directional_curvature (with square), count_sketch.
+pair_cosines), progress, directional_curvature (with square), count_sketch.
 """
 
 import argparse
@@ -119,7 +119,7 @@ class Config:
     device: str | None = None  # torch device; default: cuda if there is one, else cpu
     seed: int = 0  # random seed for the order of prompts and for sampling
     measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
-    curvature: bool | None = None  # then also curvature and Fisher; default: up to 1M weights
+    curvature: bool | None = None  # then curvature and Fisher as well; default: up to 1M weights
     eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
     eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
     save_every: int = 50  # steps between checkpoints
@@ -152,18 +152,17 @@ ORDER, TRAIN, EVALUATE = range(3)  # what a stream of random numbers is for
 
 
 def train(config, dataset=None, reward=None, stop=()):
-    """Train from the start policy to a saved model; everything is written to config.out.
-    dataset: problems to use instead of the task's, with columns question and answer.
-    reward(completion, answer) -> float: used instead of the task's. stop: once it contains a signal
-    number, the run ends between two steps. Returns the last evaluation. Raises InputError before a
-    run is begun or changed, RunError if the run cannot go on or was stopped."""
+    """Train from the start policy to a saved model; everything is written to config.out. dataset:
+    problems in place of the task's, with columns question and answer. reward(completion, answer) ->
+    float, in place of the task's. stop: once it holds a signal number, the run ends between steps.
+    Returns the last evaluation. Raises InputError, with nothing begun or changed, and RunError."""
     with start_run(config, dataset, reward) as run:
-        config = run.config  # with everything filled in
+        config = run.config
         policy = run.policy
         optimizer = run.optimizer
         mine = share(config.prompts)  # which of the P prompts are this process's
-        failed = 0  # steps in a row without a finite gradient
-        silent = 0  # steps in a row without unequal rewards
+        failed = 0  # steps in a row that were not finite
+        silent = 0  # steps in a row in which every group's rewards were equal
         launched = None
         for step in range(run.step, config.steps):
             evaluation = None
@@ -216,10 +215,10 @@ def train(config, dataset=None, reward=None, stop=()):
                     policy.publish()
                 optimizer.zero_grad()
 
-            # Log: a line speaks of the policy before this step's update.
+            # Log: each line describes the policy before this step's update.
             clock = launched, began, rolled_out
             log_step(run, step, ids, batch, active, grad_norms, clock, measured, evaluation)
-            failed = 0 if any(math.isfinite(norm) for norm in grad_norms) else failed + 1
+            failed = 0 if math.isfinite(grad_norms[-1]) else failed + 1
             silent = 0 if advantages.any() else silent + 1
             report_trouble(failed, silent, step, rewards)
             save_or_stop(run, step + 1, stop, failed)
@@ -282,18 +281,18 @@ def k3_divergence(logprobs, old_logprobs, reference_logprobs):
     return (logprobs - old_logprobs).exp() * (torch.expm1(difference) - difference)
 
 
-def prompt_ids(step, config, problems):
-    """This step's P problems, by index, in a seeded order that is drawn anew after each pass."""
+def prompt_ids(step, config, count):
+    """This step's P of `count` problems, by index, in a seeded order that each pass draws anew."""
     slots = range(step * config.prompts, (step + 1) * config.prompts)
     order = {}
-    for epoch in range(slots[0] // problems, slots[-1] // problems + 1):
-        stream = np.random.default_rng((config.seed, ORDER, epoch))
-        order[epoch] = stream.permutation(problems)
-    return [int(order[slot // problems][slot % problems]) for slot in slots]
+    for data_pass in range(slots[0] // count, slots[-1] // count + 1):
+        stream = np.random.default_rng((config.seed, ORDER, data_pass))
+        order[data_pass] = stream.permutation(count)
+    return [int(order[slot // count][slot % count]) for slot in slots]
 
 
 def draw(config, purpose, step, ids, group):
-    """Uniforms [ids, group, T]: every id of every step has a stream of its own."""
+    """Uniforms [ids, group, T]; ids: places in the batch, or in evaluation problems' indices."""
     streams = [np.random.default_rng((config.seed, purpose, step, i)) for i in ids]
     shape = group, config.max_new_tokens
     return torch.from_numpy(np.stack([stream.random(shape, np.float32) for stream in streams]))
@@ -310,10 +309,10 @@ class Batch:
     logprobs: Tensor  # [P, G, T] of the tokens, nats
     entropy: Tensor  # [P, G, T] of the distributions that they were drawn from, nats
     truncated: Tensor  # [P, G] bool: no end token within T
-    rewards: Any = None  # [P, G]; this and what follows is known later
+    rewards: Any = None  # [P, G]; filled in later, from here on
     advantages: Any = None  # [P, G]
     weights: Any = None  # [P, G] of each token's term in the loss
-    old_logprobs: Any = None  # [P, G, T] as first trained on; None: the present ones
+    old_logprobs: Any = None  # [P, G, T] at the batch's first update; None: this is it
 
 
 def sample_tokens(logits, uniforms, temperature):
@@ -326,10 +325,10 @@ def sample_tokens(logits, uniforms, temperature):
     probs = logprobs.exp()
     if temperature:
         cumulative = probs.cumsum(dim=1)
-        # Rounding leaves the last one a little off 1: the target is a share of it.
+        # It ends at 1 only up to rounding: the uniforms are scaled to its end.
         target = uniforms[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[1] - 1)
+        tokens = tokens.clamp(max=logits.shape[1] - 1)  # NaN would be out of range
     else:
         tokens = logits.argmax(dim=1)
     entropy = torch.special.entr(probs).sum(dim=1)  # 0 where the probability is
@@ -491,9 +490,8 @@ def set_gradient(policy, gradient, max_norm):
 
 @torch.no_grad()
 def evaluate(policy, problems, reward, config):
-    """Complete every problem twice, greedily and by sampling. Returns log columns, and samples for
-    the first 4. The random numbers are always the same, so evaluations differ only in the policy.
-    Every process completes its share, in batches as large as in training."""
+    """Complete every problem twice, greedily and by sampling, with the same random numbers every
+    time. Returns log columns, and samples for the first 4 (of the first process's share)."""
     mine = share(len(problems))
     most = config.group * len(share(config.prompts))
     columns: dict[str, float] = {}
@@ -529,9 +527,9 @@ def measure(policy, batch, levels, config, optimizer):
     """Measure what the paper explains the division with: each prompt's gradient of its expected
     reward, how the gradients relate, what each norm's step would teach, and with config.curvature
     curvature and Fisher information. A group's halves are two looks at its prompt, with noises of
-    their own. Nothing of the update is used or changed, but that the length of its `.grad` is
-    taken. levels: [P], of all processes' prompts. Returns columns for the step's line in the log,
-    and columns [P] for its prompts' lines."""
+    their own. The update is not changed; of it only `.grad` is read, for length_taken. levels: [P],
+    of all processes' prompts. Returns columns for the step's line in the log, and columns [P] for
+    its prompts' lines."""
     G = config.group
     masters = [*policy.masters.values()]
     diagonal = None
@@ -561,14 +559,17 @@ def measure(policy, batch, levels, config, optimizer):
     line["feature_cos"] = pair_cosines(features @ features.T).abs().mean()
     line["feature_cos_centered"] = pair_cosines(centred @ centred.T).abs().mean()
     lr = optimizer.param_groups[0]["lr"]
+    lengths = everyone(batch.lengths)
+    # `progress` is of steps divided by P*G; those of `--agg token` are by the tokens.
+    rate = lr * lengths.numel() / float(lengths.sum()) if config.agg == "token" else lr
     rewards = everyone(batch.rewards)
     A, B = scaled[::2], scaled[1::2]
     for norm in ("none", "std", "var", "batch"):
         scale = advantage_scale(rewards, norm)[:, 0]
         values, length = progress(A @ A.T, A @ B.T, B @ B.T, G, scale)
-        line[f"length_{norm}"] = lr * length
-        if norm != "batch":  # whose scale has a prompt's own rewards in it
-            columns[f"progress_{norm}"] = (lr * values).tolist()
+        line[f"length_{norm}"] = rate * length
+        if norm != "batch":  # whose scale depends on a prompt's own rewards: a bias
+            columns[f"progress_{norm}"] = (rate * values).tolist()
     taken = [(d * x.grad.square()).sum() for d, x in zip(diagonal or [], masters)]
     line["length_taken"] = lr * sum(taken) ** 0.5 if taken else math.nan
     return line, columns
@@ -587,9 +588,9 @@ def measure_half(policy, batch, rows, others, signs, root, precise, config):
     half["pass_rate_half"] = pass_rates(rewards[None])[0]
     advantages = (batch.rewards - batch.rewards.mean(dim=1, keepdim=True)) * G / (G - 1)
     weights = torch.full_like(batch.weights, 1 / len(rows))
-    mean = replace(batch, advantages=advantages, weights=weights, old_logprobs=None)
-    mixed = rows if group_rewards.max() > group_rewards.min() else []  # else rounding errors
-    downhill, _ = loss_gradient(policy, mean, mixed, config)
+    half_batch = replace(batch, advantages=advantages, weights=weights, old_logprobs=None)
+    used = rows if group_rewards.max() > group_rewards.min() else []  # else rounding errors
+    downhill, _ = loss_gradient(policy, half_batch, used, config)
     if signs is None:
         half["vector"] = -torch.cat([x.flatten() for x in downhill]).cpu()
         half["scaled_vector"] = half["vector"] * root.cpu()
@@ -600,8 +601,9 @@ def measure_half(policy, batch, rows, others, signs, root, precise, config):
         found = probe_curvature(policy, batch, rows, others, downhill, precise, config)
         half["curvature"], half["curvature_error"] = found
         # The paper's Fisher proxy (4.3): n |mean of grad log pi(y)|^2, no reward in it.
-        mean = replace(mean, advantages=torch.ones_like(advantages))
-        half["fisher_half"] = len(rows) * square(loss_gradient(policy, mean, rows, config)[0])
+        unrewarded = replace(half_batch, advantages=torch.ones_like(advantages))
+        fisher = square(loss_gradient(policy, unrewarded, rows, config)[0])
+        half["fisher_half"] = len(rows) * fisher
     return half
 
 
@@ -633,7 +635,7 @@ def gradient_geometry(first, second, group, levels=None):
     halves = AB.diagonal()
     unbiased = halves / (1 + 1 / (group - 1) ** 2)
     values = {
-        "cos_mean": cosines.mean(),  # NaN of none
+        "cos_mean": cosines.mean(),  # NaN if there is no pair
         "cos_std": cosines.std(correction=0) if count > 1 else total,
         "cos_positive": (cosines > 0).double().mean(),
         "cos_small": (cosines.abs() < 0.1).double().mean(),
@@ -680,8 +682,8 @@ def progress(AA, AB, BB, group, scale):
 
 
 def step_diagonal(optimizer, parameters):
-    """D, a list of tensors like the parameters: by what the optimizer's next step multiplies each
-    entry of a gradient, besides the learning rate, as known before that gradient. None for an
+    """D, a list of tensors like the parameters: what the optimizer's next step multiplies each
+    entry of a gradient by, apart from the learning rate, as known before that step. None for an
     optimizer that is not known, and for AdamW before its first step. For AdamW 1 / (sqrt(v) + eps),
     v free of its bias, and sqrt(v) at least a tenth of its root mean square in the tensor: where v
     is near 0, the step's own gradient would enter it first. Replace it for other optimizers."""
@@ -855,8 +857,8 @@ def start_run(config, dataset, reward):
             run.step = load_checkpoint(run) if run.config.resume else 0
         except InputError as error:
             refused = [error]
-        for refusal in gather(refused):
-            raise refusal
+        if refusals := gather(refused):
+            raise refusals[0]
         if run.small and run.config.device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # more gain nothing, and lose much beside another program
         yield run
@@ -864,8 +866,9 @@ def start_run(config, dataset, reward):
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not exhausted and "can't allocate memory" not in str(error):  # as torch says on a CPU
             raise
-        advice = "--resume with a smaller --micro-batch, or begin with a smaller --group, or --lora"
-        raise RunError(f"out of memory: {advice}; the checkpoint stays") from error
+        resume = "lower --micro-batch (and --resume, if there is a checkpoint)"
+        advice = f"{resume}, or start anew with a smaller --group, or with --lora"
+        raise RunError(f"out of memory: {advice}") from error
     finally:
         torch.set_num_threads(threads)
         if lock is not None:
@@ -911,9 +914,7 @@ def prepare_run(config, dataset, reward):
             f"{config.lr:g}, {trained:,} parameters, {policy.model.dtype} on {config.device}"
         )
     if is_first() and config.curvature and config.measure_every and not small:
-        print(
-            f"curvature: measured steps take up to {8 * count / 1e9:.1f} GB more, for float32 copies"
-        )
+        print(f"curvature: measured steps take up to {8 * count / 1e9:.1f} GB more for copies")
     return run
 
 
@@ -955,13 +956,13 @@ def load_policy(config):
         model: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **safe)
         vocabulary = len(model.get_output_embeddings().weight)
-        # Newer versions of transformers have another name for it.
+        # Newer versions of transformers call it `cache`.
         named_cache = "cache" in inspect.signature(model.forward).parameters
         generation = model.generation_config
-        # Of it only tokens are of use here; not all that some models have could be saved.
+        # Only its token ids are kept: some models' other settings cannot be saved.
         kept = {k: getattr(generation, f"{k}_token_id") for k in ("bos", "eos", "pad")}
         model.generation_config = GenerationConfig(**{f"{k}_token_id": v for k, v in kept.items()})
-        with tempfile.TemporaryDirectory() as folder:  # now, and not after the last step
+        with tempfile.TemporaryDirectory() as folder:  # fail now, not after the last step
             for part in (model.config, model.generation_config, tokenizer):
                 part.save_pretrained(folder)
         if config.lora:  # arXiv 2106.09685; in float32, beside parameters of any type
@@ -1061,11 +1062,15 @@ def check_model(policy, problems, config):
             batch.advantages = batch.weights = torch.ones(2, 2)
             try:
                 _, logprobs = loss_gradient(policy, batch, range(4), config)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError:
                 guard = torch.autograd.graph.allow_mutation_on_saved_tensors
                 policy = replace(policy, guard=guard)
                 _, logprobs = loss_gradient(policy, batch, range(4), config)
             plain = plain_logprobs(policy, batch, config.temperature)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # start_run says what to do
         except Exception as error:  # whatever another kind of model raises
             reason = "no slot for its state" if isinstance(error, IndexError) else error
             raise InputError(f"{refusal}: with a DynamicCache it fails: {reason}") from error
@@ -1126,7 +1131,7 @@ def marked_answer(text):
     return found[found.lastindex or 0].strip() if found else ""
 
 
-def parts(text):
+def parse_answer(text):
     """Value of an answer that is a number, else None; its unit, singular; its operators' count."""
     text = re.sub(r"\\(?:left|right|q?quad)\b|\\[,;:!] ?|(?<!\\)(?:[$`]|\\(?=[ ()]))", "", text)
     text = re.sub(r"\*\*|\^\{?\\circ\}?", " ", text).translate(SYMBOLS)
@@ -1160,8 +1165,8 @@ def grade(completion, answer):
     if "=" not in answer:
         answer = re.sub(EQUATION, "", answer)
         given = re.sub(EQUATION, "", given)
-    gold, gold_unit, allowed = parts(answer)
-    found, unit, used = parts(given)
+    gold, gold_unit, allowed = parse_answer(answer)
+    found, unit, used = parse_answer(given)
     if unit and gold_unit and unit != gold_unit:
         return 0.0
     if gold is not None and found is not None:
@@ -1400,15 +1405,19 @@ def append(run, name, lines):
 
 
 def report_trouble(failed, silent, step, rewards):
-    """Say it if nothing can be learnt. failed, silent: how many steps in a row had no finite
-    gradient, and no unequal rewards. Raises RunError for the fifth that fails."""
+    """Say so when nothing can be learnt. failed, silent: how many steps in a row had no finite
+    gradient, and only groups of equal rewards. Raises RunError for the fifth that fails."""
     if failed == 5:
         raise RunError(f"no finite gradient in 5 steps in a row, up to {step}")
     if silent == 20 and is_first():
+        cause = "too hard, or answers not in the form that the reward looks for"
+        if rewards.min() >= 1:
+            cause = "too easy"
         mean = float(rewards.mean())
-        cause = "are the problems too easy?" if mean > 0 else "is the answer's form what the reward"
-        cause += "" if mean > 0 else " looks for, and --max-new-tokens enough? See samples.jsonl"
-        print(f"nothing can be learnt yet: 20 steps of equal rewards, mean {mean:.3g}; {cause}")
+        print(
+            f"nothing can be learnt yet: 20 steps of equal rewards, mean {mean:.3g}; "
+            f"the problems may be {cause} (see samples.jsonl)"
+        )
 
 
 def save_or_stop(run, step, stop, failed):
@@ -1466,9 +1475,9 @@ def load_checkpoint(run):
     lines."""
     out = Path(run.config.out)
     path = out / CHECKPOINT
+    state = saved_state(out)
     try:
         with safe_open(path, "pt", device=run.config.device) as file:
-            state = json.loads(file.metadata()["state"])
             now = {k: v for k, v in asdict(run.config).items() if k not in MAY_CHANGE}
             then = state["config"]
             differ = {k: (then[k], v) for k, v in now.items() if then.get(k, v) != v}
@@ -1495,6 +1504,17 @@ def load_checkpoint(run):
     return state["step"]
 
 
+def saved_state(out):
+    """What is saved of a run beside tensors: its step, settings and hashes, the sizes of its logs.
+    Raises InputError."""
+    path = Path(out) / CHECKPOINT
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["state"])
+    except Exception as error:  # whatever a damaged file makes safetensors raise
+        raise InputError(f"cannot resume from {path}: {error}") from error
+
+
 def fingerprint(problems, tensors):
     """What tells these problems, and tensors by the first thousand numbers of each, from others."""
     texts = json.dumps([[x.question, x.answer, x.prompt] for x in problems])
@@ -1507,14 +1527,16 @@ def lock_directory(out):
     """Make the directory, and keep other runs out of it until the descriptor that is returned is
     closed; None where the system has no such locks. Raises InputError if another run is in it."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error}") from error
-    try:
         import fcntl
     except ImportError:  # Windows
+        fcntl = None  # type: ignore[assignment]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error}") from error
+    if descriptor is None:
         return None
-    descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -1529,7 +1551,7 @@ def lock_directory(out):
 def join_processes(config):
     """Join the processes that torchrun started, if it did. Raises InputError."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > config.prompts:
+    if world_size > max(1, config.prompts):
         raise InputError(f"{config.prompts} prompts a step are too few for {world_size} processes")
     if world_size > 1:
         cuda = config.device != "cpu" and torch.cuda.is_available()
@@ -1582,8 +1604,8 @@ def resolve(config):
     least |= dict.fromkeys(("max_new_tokens", "micro_batch"), 1)
     for entry in fields(Config):
         value = getattr(config, entry.name)
-        parts = [get_args(part) or (part,) for part in get_args(entry.type)]  # of X | None, Literal
-        allowed = [x for part in parts for x in part if isinstance(x, str)]
+        kinds = [get_args(kind) or (kind,) for kind in get_args(entry.type)]  # of X | None, Literal
+        allowed = [x for kind in kinds for x in kind if isinstance(x, str)]
         if allowed and value not in (*allowed, entry.default):
             raise InputError(f"{entry.name} is {value!r}, not one of {', '.join(allowed)}")
         low = least.get(entry.name, 0)
@@ -1606,8 +1628,8 @@ def resolve(config):
     titles = [Path(x.removesuffix(".jsonl")).name.replace(":", "-") for x in titles if x]
     out = config.out or f"runs/{'-'.join(titles)}-{config.norm}-{config.seed}"
     dtype = "bfloat16" if "cuda" in device else "float32"
-    if config.resume and Path(out, "config.json").exists():  # it keeps the type that it had
-        dtype = json.loads(Path(out, "config.json").read_text())["dtype"]
+    if config.resume:  # it keeps the type that it had
+        dtype = saved_state(out)["config"].get("dtype", dtype)
     defaults = {
         "task": name,
         "lr": task.lr * (10 if config.lora else 1),

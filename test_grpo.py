@@ -1681,7 +1681,14 @@ def test_resolve_fills_in_what_the_task_brings():
     assert (own[0].device, own[0].dtype) == ("cpu", "float32") or torch.cuda.is_available()
     assert all(grpo.resolve(config) == config for config in own)
     rewards = [grpo.REWARDS[grpo.TASKS[config.task].reward]("so 5.0\n", "5") for config in own]
-    assert rewards == [0.0, 1.0, 1.0, 0.0] and grpo.exact_match("5", "5") == 1.0
+    assert rewards == [0.0, 1.0, 1.0, 0.0]
+    assert [grpo.exact_match(text, "5") for text in ("5", "4", "6", "5 ")] == [1, 0, 0, 0]
+
+
+def test_config_has_the_conventional_values():
+    config = Config()
+    assert (config.clip, config.kl, config.epochs, config.temperature) == (0.2, 0.0, 1, 1.0)
+    assert (config.prompts, config.group, config.steps, config.measure_every) == (16, 16, 250, 10)
 
 
 def test_resolve_of_a_changed_config_is_what_the_command_line_gives(monkeypatch):
