@@ -1638,6 +1638,7 @@ def test_main_helps_with_every_setting_and_its_default(capsys):
     for field in fields(Config):
         (comment,) = re.findall(rf"^ +{field.name}: [^#]*?# (.*)$", source, re.M)
         assert f"--{field.name.replace('_', '-')}" in shown and comment in shown
+    assert shown.count("(default: 16)") == 2 and "None" not in shown  # P and G
     assert "default: letters and arith 6, gsm8k 512, math 1024" in shown
     assert "default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times" in shown
 

@@ -97,10 +97,14 @@ def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray
     return min(found, key=lambda fit: fit[0])
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_detect_phases_takes_the_best_of_all_lines(seed):
-    line = np.interp(np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1])
-    y = line + 0.3 * np.random.default_rng(seed).normal(size=30)
+@pytest.mark.parametrize(("seed", "lasting"), [(0, 0.0), (1, 0.0), (4, 0.8)])
+def test_detect_phases_takes_the_best_of_all_lines(seed, lasting):
+    """Noise that lasts from window to window makes fewer windows of them, and fewer knots."""
+    line = np.interp(np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1]) * (lasting == 0)
+    y = 0.3 * np.random.default_rng(seed).normal(size=30)
+    for i in range(1, 30):
+        y[i] += lasting * y[i - 1]
+    y += line
     fits = [brute(y, count) for count in range(4)]
     noise = fits[3][2]
     rho = max(0, noise[1:] @ noise[:-1] / (noise @ noise))
@@ -114,6 +118,40 @@ def test_detect_phases_takes_the_best_of_all_lines(seed):
     late = max(wider[c], wider[-1]) - wider[b] > abs(wider[b] - wider[a]) / 4
     three = [a or b, c] if late else [a, b]
     assert result["boundaries"] == (three if scores[3] < scores[2] else list(fits[2][1]))
+
+
+def test_detect_phases_begins_with_the_runs_themselves():
+    """Before it resamples them: their boundaries are those of their mean."""
+    rng = np.random.default_rng(3)
+    shape = np.interp(np.arange(60), [0, 20, 40, 60], [0, 0, 1, 1])
+    runs = shape * rng.uniform(0.2, 2, size=(5, 1)) + 0.2 * rng.normal(size=(5, 60))
+    mean = runs.mean(axis=0)
+    assert (
+        analyze.detect_phases(runs, runs, runs)["boundaries"]
+        == analyze.detect_phases(mean, mean, mean)["boundaries"]
+    )
+
+
+def test_broken_lines_keep_their_knots_apart():
+    """The first two by a tenth of 60 positions, the others by three."""
+    knots, bases = analyze.broken_lines(tuple(range(60)), 3)
+    assert np.diff(knots).min(axis=0).tolist() == [6, 3]
+    assert knots.min(axis=0)[0] == 0 and knots.max() == 54
+    assert bases.shape == (len(knots), 60, 4)
+
+
+def test_bands_are_means_with_their_intervals():
+    table = analyze.bands([(5, [1.0, 2.0, 3.0]), (6, [math.nan] * 3)])
+    mean, low, high = analyze.mean_interval([1.0, 2.0, 3.0])
+    assert table.to_dict("index") == {5: {"mean": mean, "low": low, "high": high}}
+    assert low < mean < high
+
+
+def test_markdown_and_number_by_hand():
+    rows = {"a": {"x": 1.5}, "b": {"x": 2, "y": [0.25, 0.1, 0.4]}}
+    lines = ["|  | x | y |", "| --- | --- | --- |", "| a | 1.5 |  |", "| b | 2 | 0.25 [0.1, 0.4] |"]
+    assert analyze.markdown(rows) == "\n".join(lines) and analyze.markdown({}) == "Not measured."
+    assert analyze.number(9e99) == 9e99 and math.isnan(analyze.number(1e100))
 
 
 ALIKE, OPENS, STOPS, NOT = "alike_in_I", "opens_in_II", "stops_in_III", "not measured"
@@ -861,6 +899,13 @@ def test_choose_leaves_out_what_is_a_tenth_shorter_and_says_so(tmp_path):
     names, left_out = chosen(tmp_path, ends, 40)
     assert names == ["none-0", "std-0", "none-1"]
     assert left_out == [f"{tmp_path / 'std-1'}: unfinished, it ends at step 34"]
+
+
+def test_choose_counts_a_seed_once(tmp_path):
+    paths = [write_run(tmp_path / str(i), saturating(50, 40), "std", seed=3) for i in range(2)]
+    table, left_out = analyze.choose(analyze.tabulate([analyze.read_run(path) for path in paths]))
+    assert [run.path.name for run in table["run"]] == ["0"]
+    assert left_out == [f"{tmp_path / '1'}: its norm, rate and seed are there already"]
 
 
 def test_choose_keeps_all_if_all_are_unfinished(tmp_path):
