@@ -97,7 +97,7 @@ def brute(y: np.ndarray, count: int) -> tuple[float, tuple[int, ...], np.ndarray
     return min(found, key=lambda fit: fit[0])
 
 
-@pytest.mark.parametrize(("seed", "lasting"), [(0, 0.0), (1, 0.0), (4, 0.8)])
+@pytest.mark.parametrize(("seed", "lasting"), [(0, 0.0), (1, 0.0), (5, 0.8)])
 def test_detect_phases_takes_the_best_of_all_lines(seed, lasting):
     """Noise that lasts from window to window makes fewer windows of them, and fewer knots."""
     line = np.interp(np.arange(30), [0, 10, 20, 30], [0, 0, 1 + seed, 1]) * (lasting == 0)
@@ -837,6 +837,8 @@ def test_compare_twice_as_fast_is_a_speed_up_of_two(tmp_path):
     gap = np.mean(gaps, axis=0).reshape(60, 3).mean(axis=1)
     assert std["at step"] == 3 * gap.argmax()
     assert std["largest gap"][0] == pytest.approx(gap.max())
+    assert found["phases"]["boundaries"] and not found["phases"]["found"]
+    assert "but this split is not supported." in analyze.describe("", found)
 
 
 def test_reach_is_the_first_step_on_average_or_nan():
@@ -899,6 +901,25 @@ def test_choose_leaves_out_what_is_a_tenth_shorter_and_says_so(tmp_path):
     names, left_out = chosen(tmp_path, ends, 40)
     assert names == ["none-0", "std-0", "none-1"]
     assert left_out == [f"{tmp_path / 'std-1'}: unfinished, it ends at step 34"]
+
+
+def test_answer_tells_what_is_seen_or_how_large_it_may_be():
+    """A share of none's progress where that is above 0; else points."""
+    base = [50.0, 40.0, 60.0]
+    rows = {
+        "hardest: a": {"none": base, "std less none": [10.0, 5.0, 15.0]},
+        "middle: b": {"none": base, "std less none": [-2.0, -5.0, 1.0]},
+        "all": {"none": base, "std less none": [0.0, -1.0, 1.0]},
+    }
+    assert analyze.answer(rows) == (
+        "Dividing by σ would give the hardest third 20% more per step, with no change seen in the "
+        "other."
+    )
+    rows["hardest: a"] = {"none": [5.0, -1.0, 11.0], "std less none": [-2.0, -7.0, 3.0]}
+    assert analyze.answer(rows) == (
+        "Dividing by σ would change neither by more than 7 points (the hardest third) and 10% "
+        "(the middle third)."
+    )
 
 
 def test_choose_counts_a_seed_once(tmp_path):
