@@ -272,7 +272,9 @@ def make_model(kind, vocab_size=23):
 
 def make_policy(model, ends=(1,), limits=(4096, 4096)):
     masters = dict(model.named_parameters())
-    return Policy(model, None, list(ends), masters, masters, limits)
+    named = "cache" in inspect.signature(model.forward).parameters  # by newer transformers
+    cache = "cache" if named else "past_key_values"
+    return Policy(model, None, list(ends), masters, masters, limits, cache)
 
 
 def uniforms(P, G, T):
