@@ -1379,6 +1379,8 @@ def finish(run, evaluation):
     evaluation's columns."""
     columns, samples = evaluation
     folder = Path(run.config.out) / "model"
+    if run.step == run.config.steps:  # no step was taken, so none has saved this
+        save_checkpoint(run, run.step)
     append(run, LOGS[2], [{"step": run.config.steps} | sample for sample in samples])
     append(run, LOGS[0], [{"step": run.config.steps} | columns])
     if is_first():

@@ -298,10 +298,13 @@ def test_neighbours_measure_the_same_policy_gradient(monkeypatch):
     batch = grpo.rollout(policy, [problem.prompt for problem in problems], uniforms, 1.0)
     batch.rewards = torch.tensor([[0.0, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.float64)
     batch.weights = grpo.token_weights(batch.lengths, "sequence")
-    columns = grpo.measure(policy, batch, "abc", config)[1]
+    optimizer = torch.optim.SGD([*policy.masters.values()], lr=0.1)
+    gradient = [torch.ones_like(master) for master in policy.masters.values()]
+    grpo.set_gradient(policy, gradient, 0.0)
+    columns = grpo.measure(policy, batch, "abc", config, optimizer)[1]
     monkeypatch.setattr(grpo, "policy_loss", neighbours.vespo_loss)
     batch.weights = neighbours.vl_norm_weights(batch.lengths, "sequence")
-    again = grpo.measure(policy, batch, "abc", config)[1]
+    again = grpo.measure(policy, batch, "abc", config, optimizer)[1]
     assert columns["prompt_grad_norm"][0] > 0
     torch.testing.assert_close(again, columns, rtol=1e-5, atol=1e-6, equal_nan=True)
 
