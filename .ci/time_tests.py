@@ -25,11 +25,13 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # with which all is compiled ev
 processor_seconds("-c", "import torch")  # as it is the first time, in any case
 processor_seconds("-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider")
 imports = [processor_seconds("-c", "import torch") for _ in range(3)]
-tests = processor_seconds("-m", "pytest", "-q", "-p", "no:cacheprovider", *sys.argv[1:])
-ratio = tests / statistics.median(imports)
-print(
-    f"quick tests: {tests:.0f} s of processor time, {ratio:.1f} times that of `import torch` "
-    f"(aim {AIM}, at most {LIMIT})"
-)
-if ratio > LIMIT:
-    sys.exit(1)
+for _ in range(2):  # a second time before it ends red, as something else may have been running
+    tests = processor_seconds("-m", "pytest", "-q", "-p", "no:cacheprovider", *sys.argv[1:])
+    ratio = tests / statistics.median(imports)
+    print(
+        f"quick tests: {tests:.0f} s of processor time, {ratio:.1f} times that of `import torch` "
+        f"(aim {AIM}, at most {LIMIT})"
+    )
+    if ratio <= LIMIT:
+        sys.exit(0)
+sys.exit(1)

@@ -872,6 +872,7 @@ def test_compare_runs_without_a_common_level(tmp_path):
     assert [math.isnan(gap[0]) for gap in gaps.values()] == [False, True, True]
 
 
+@slow
 def test_compare_pairs_seeds_and_goes_as_far_as_killed_runs_went(tmp_path):
     runs = [
         write_run(tmp_path / f"{norm}-{seed}", saturating(50 + seed, end), norm, seed)

@@ -181,13 +181,9 @@ def within_errors(values, truth, largest=None):
     return abs(values.mean() - truth) < 3 * error < 0.06 * abs(largest or truth)
 
 
-CASES = [("std", "diagonal")]  # a norm, and an optimizer's diagonal
-for case in itertools.product(NORMS, DIAGONALS):
-    if case not in CASES:
-        CASES.append(pytest.param(*case, marks=slow))
-
-
-@pytest.mark.parametrize(("norm", "name"), CASES)
+@slow
+@pytest.mark.parametrize("name", DIAGONALS)
+@pytest.mark.parametrize("norm", NORMS)
 def test_progress_is_what_a_fresh_prompt_learns_from_a_small_step(norm, name):
     """Over all prompts, and over those whose other half has no answer, one, or all right."""
     policies = Softmax()

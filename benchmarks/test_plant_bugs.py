@@ -100,11 +100,13 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
+@slow
 def test_run_tests_begins_with_those_that_name_the_function(tree):
     wrong = CALC.replace("2", "3")  # both tests fail
     assert plant_bugs.run_tests(tree, "calc.py", wrong, "double") == "test_calc.py::test_double"
 
 
+@slow
 def test_run_tests_finds_nothing_wrong_with_what_is_right(tree):
     assert plant_bugs.run_tests(tree, "calc.py", CALC, "double") == ""
 
