@@ -1174,6 +1174,7 @@ CONTEXT = get_context("fork" if FORK else "spawn")
 def process(config, rank, size, port, death, small):
     """One of those that torchrun starts and join_processes joins; the last may die, at a call of
     its reward."""
+    torch.set_num_threads(1)  # a fork has none of OpenMP's threads, and would wait for them
     where = dict(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(size), **where)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
