@@ -12,6 +12,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
+import analyze  # noqa: E402
 import grpo  # noqa: E402
 from test_grpo import make_policy, measure, slow, with_advantages  # noqa: E402
 
@@ -243,3 +244,14 @@ def test_step_diagonal_by_hand():
     sgd = grpo.step_diagonal(torch.optim.SGD([x, y], lr=0.1), [x, y])
     assert [d.tolist() for d in sgd] == [[1, 1]] * 2
     assert grpo.step_diagonal(torch.optim.Adagrad([x, y]), [x, y]) is None
+
+
+@slow
+def test_progress_goes_with_what_letters_learn(tmp_path):
+    """In one run without the division: over cells of a letter and ten steps, from step 10 on."""
+    changes = dict(norm="none", steps=60, measure_every=1, curvature=False)
+    changes |= dict(eval_every=0, eval_problems=8, device="cpu", out=str(tmp_path))
+    grpo.train(grpo.Config(**changes))
+    found, _ = analyze.compare([analyze.read_run(tmp_path)], None)
+    assert found["progress"]["cells"] == 30
+    assert found["progress"]["r"] > 0
