@@ -496,15 +496,15 @@ def foretell(runs: list[Run], parts: dict[str, list[str]], stop: int) -> dict[st
 
 
 def at_equal_progress(
-    prompts: pd.DataFrame, norm: str, parts: dict[str, list[str]]
+    prompts: pd.DataFrame, norm: str, parts: dict[str, list[str]], stop: int | None = None
 ) -> tuple[int, dict[str, dict[str, Any]]]:
     """Divide a norm's gap to none, in points, into a common part, none_l(phi(t)) - none_l(t), and a
     reallocation, norm_l(t) - none_l(phi(t)), for each part of the levels l.
 
     Pass rates are smoothed and made monotone; phi(t) is the step at which none's mean over levels
-    is what the norm's is at t. Means over the steps before the window's end, which is returned too:
-    a run is above all that its partner reached, or none has made 90% of its rise (on a plateau phi
-    is arbitrary). Intervals are over seeds.
+    is what the norm's is at t. Means over the steps before `stop`, which is returned too; unless
+    given, where a run is above all that its partner reached, or none has made 90% of its rise (on a
+    plateau phi is arbitrary). Intervals are over seeds.
     """
     rates = 100 * smooth_rates(prompts, ["norm", "seed", "level"])
     rates[:] = [optimize.isotonic_regression(row).x for row in rates.to_numpy()]
@@ -515,7 +515,8 @@ def at_equal_progress(
     typical = of_none.mean()
     risen = typical >= typical.iloc[0] + 0.9 * (typical.iloc[-1] - typical.iloc[0])
     above = of_norm.gt(of_none.iloc[:, -1], axis=0).any()
-    stop = int(np.argmax(risen | above))
+    if stop is None:
+        stop = int(np.argmax(risen | above))
     steps = np.arange(rates.shape[1])
     names = f"gap, {norm} − none", "common speed-up", "reallocation"
     table = {}

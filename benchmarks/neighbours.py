@@ -1,4 +1,4 @@
-"""Methods beside GRPO, each by the one function of grpo.py that it replaces. All else stays as it
+"""Methods beside GRPO, each by the functions of grpo.py that it replaces. All else stays as it
 is, the random numbers and the measurements too.
 
     python benchmarks/neighbours.py vl-norm --norm std --seed 1     # any flags of grpo.py
@@ -11,6 +11,8 @@ is, the random numbers and the measurements too.
     nsgd      make_optimizer      steps of one length along the momentum (arXiv 2410.16561)
     vespo     policy_loss         a smooth weight of the sequence's importance ratio, no clip
                                   (arXiv 2602.10693)
+    scalar    make_optimizer,     AdamW with one second moment for all weights, the mean of their
+              step_diagonal       squared gradients: it scales steps, and turns none
 """
 
 import sys
@@ -55,6 +57,43 @@ class NormalizedSGD(torch.optim.Optimizer):
             parameter.sub_(mean, alpha=settings["lr"] / size)
 
 
+class ScalarAdamW(torch.optim.Optimizer):
+    """AdamW without weight decay, and with one second moment: the mean over all weights."""
+
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8})
+
+    def root(self, state: dict[str, Any]) -> Tensor:
+        """The root of the second moment, free of its bias."""
+        return (state["square"] / (1 - self.param_groups[0]["betas"][1] ** state["step"])).sqrt()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        (settings,) = self.param_groups
+        parameters = settings["params"]
+        fast, slow = settings["betas"]
+        count = sum(p.numel() for p in parameters)
+        square = torch.stack([p.grad.square().sum() for p in parameters]).sum() / count
+        for p in parameters:  # each keeps the moment, so that a checkpoint has all it needs
+            state = self.state[p]
+            if not state:
+                state.update(step=torch.zeros(()), mean=torch.zeros_like(p))
+                state["square"] = torch.zeros_like(square)
+            state["step"] += 1
+            state["mean"].lerp_(p.grad, 1 - fast)
+            state["square"].lerp_(square, 1 - slow)
+            mean = state["mean"] / (1 - fast ** state["step"])
+            p.sub_(settings["lr"] * mean / (self.root(state) + settings["eps"]))
+
+
+def scalar_diagonal(optimizer: ScalarAdamW, parameters: list[Tensor]) -> list[Tensor] | None:
+    """grpo.step_diagonal of ScalarAdamW: one number, in tensors like the parameters."""
+    if not all(optimizer.state[p] for p in parameters):
+        return None
+    eps = optimizer.param_groups[0]["eps"]
+    return [torch.ones_like(p) / (optimizer.root(optimizer.state[p]) + eps) for p in parameters]
+
+
 def vespo_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, weights: Tensor, clip: float
 ) -> Tensor:
@@ -75,7 +114,7 @@ class Config(grpo.Config):
     """grpo.Config plus the method, so that config.json records it and analyze.py can tell these
     runs from those of grpo.py. `out` is by default runs/TASK-METHOD-NORM-SEED."""
 
-    method: Literal["vl-norm", "nsgd", "vespo"] = "vl-norm"  # the first argument
+    method: Literal["vl-norm", "nsgd", "vespo", "scalar"] = "vl-norm"  # the first argument
 
 
 def resolve(config: Config) -> Config:
@@ -92,6 +131,10 @@ def main(arguments: Sequence[str]) -> int:
         "vl-norm": {"token_weights": vl_norm_weights},
         "nsgd": {"make_optimizer": lambda masters, config: NormalizedSGD(masters, config.lr)},
         "vespo": {"policy_loss": vespo_loss},
+        "scalar": {
+            "make_optimizer": lambda masters, config: ScalarAdamW(masters, config.lr),
+            "step_diagonal": scalar_diagonal,
+        },
     }
     method, *rest = arguments or ["none"]
     if method not in functions:

@@ -486,7 +486,7 @@ def test_at_equal_progress_ends_where_none_has_made_most_of_its_rise():
 @slow
 def test_at_equal_progress_of_the_logs_of_the_pretrained_model(tmp_path):
     """Recomputed by other code: 1.63 points for the hardest letters, -1.77 for the middle ones."""
-    (archive,) = (Path(__file__).parent.parent).rglob("pretrained-logs.tar.xz")
+    (archive,) = (Path(__file__).parent.parent).rglob("pretrained.tar.xz")
     subprocess.run(["tar", "xf", archive, "-C", tmp_path], check=True)
     (folder,) = tmp_path.rglob("SmolLM2-135M-Instruct-0-of-3")
     prompts = pd.concat([analyze.read_run(path).prompts for path in sorted(folder.iterdir())])

@@ -1,4 +1,4 @@
-"""Tests of make_tasks.py, warm_start.py, neighbours.py and experiment.py. `GRPO_SLOW=1 pytest` runs
+"""Tests of make_tasks.py, warm_start.py, neighbours.py, experiment.py and tables.py. `GRPO_SLOW=1 pytest` runs
 them: nobody changes these in passing, and quick tests are for grpo.py and analyze.py."""
 
 import itertools
@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import experiment  # noqa: E402
 import make_tasks  # noqa: E402
 import neighbours  # noqa: E402
+import tables  # noqa: E402
 import warm_start  # noqa: E402
 from test_analyze import write_run  # noqa: E402
 
@@ -146,7 +147,7 @@ def test_drawn_letters_differ_in_digits_and_order_and_equal_ones_are_as_hard_on_
 def test_welchs_interval_is_scipys():
     a, b = [1.0, 2.0, 4.0, 3.0], [0.5, 0.7, 0.2]
     expected = scipy.stats.ttest_ind(a, b, equal_var=False).confidence_interval()
-    found = experiment.welch([a, b], [1, -1])
+    found = tables.welch([a, b], [1, -1])
     assert found == pytest.approx([2.5 - 1.4 / 3, expected.low, expected.high])
 
 
@@ -329,7 +330,7 @@ def test_expected_gradients_are_those_over_all_possible_groups(norm, group):
         r = torch.tensor([rewards], dtype=torch.float64)
         terms = grpo.group_advantages(r, norm, eps=0.0) * (r - J)
         expected += float(terms.mean()) * math.prod(J if reward else 1 - J for reward in rewards)
-    found = experiment.family_scale(np.array([J]), group, norm)
+    found = tables.family_scale(np.array([J]), group, norm)
     assert found == pytest.approx([expected / (J * (1 - J))])
 
 
@@ -347,13 +348,13 @@ def test_fresh_is_the_mean_gap_of_the_stored_pairs():
     low, high = scipy.stats.t.interval(0.95, 9, np.mean(gaps), scipy.stats.sem(gaps))
     expected = f"| 10 | {np.mean(gaps):.3g} [{low:.3g}, {high:.3g}] |"
     assert expected == "| 10 | 1.69 [1.29, 2.1] |"
-    assert expected in experiment.fresh(Path())
+    assert expected in tables.fresh(Path())
 
 
 def test_run_takes_the_archived_runs_as_made(tmp_path, monkeypatch):
     """An earlier grpo.py made them: its config.json has other settings of what is measured."""
     monkeypatch.chdir(tmp_path)
-    with tarfile.open(ROOT / "benchmarks" / "results" / "pretrained-logs.tar.xz") as archive:
+    with tarfile.open(ROOT / "benchmarks" / "results" / "pretrained.tar.xz") as archive:
         archive.extractall("runs/experiment", filter="data")
     monkeypatch.setattr(
         experiment,
@@ -378,12 +379,12 @@ def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
             more = rates | dict(a=0.2 + lead)
             write_levels(tmp_path / study / "default" / f"std-{seed}", "std", seed, more)
     low, high = 3 + scipy.stats.t.ppf([0.025, 0.975], 2) / 3**0.5  # of 2, 3 and 4 points
-    gap, both = f"3 [{low:.3g}, {high:.3g}]", experiment.embedded(tmp_path)
+    gap, both = f"3 [{low:.3g}, {high:.3g}]", tables.embedded(tmp_path)
     assert f"| 0 to 30 | {gap} | {gap} |" in both
     assert "|  | 30 |\n| --- | --- |\n| letters, none | 0.5 |\n| letters, std | 0.53 |" in both
     mean = f"0.53 [{0.5 + low / 100:.3g}, {0.5 + high / 100:.3g}]"
-    assert experiment.table(tmp_path).count(f" | {mean} | {gap} | 0 |") == 2  # in each task, of std
-    found = experiment.in_window(experiment.whole_runs(tmp_path / "letters" / "default"))
+    assert tables.table(tmp_path).count(f" | {mean} | {gap} | 0 |") == 2  # in each task, of std
+    found = tables.in_window(experiment.whole_runs(tmp_path / "letters" / "default"))
     assert found["last step"] == [30]  # the pass rate never comes to 0.95
     assert found["gap, hardest"] == pytest.approx([6, 9, 12])
     assert found["gap, middle"] == found["gap, easiest"] == [0, 0, 0]
@@ -409,7 +410,7 @@ def test_letters_less_control_in_a_study_that_is_still_under_way(tmp_path):
         write_levels(path, "batch", seed, rates, third)
     write_levels(folder / "none-3", "none", 3, rates, learned)  # its pair is not made yet
     (tmp_path / "pretrained" / "letters-lora" / "none-0").mkdir(parents=True)  # only begun
-    lines = experiment.carried(tmp_path).splitlines()
+    lines = tables.carried(tmp_path).splitlines()
     rows = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in lines}
     column = rows[""].index("gap, hardest")
     found = {name: row[column].strip(" |") for name, row in rows.items()}
@@ -433,7 +434,7 @@ def test_thirds_of_runs_that_part_in_the_last_one(tmp_path):
         write_levels(tmp_path / "model" / "Some" / f"none-{seed}", "none", seed, rates)
         write_levels(tmp_path / "model" / "Some" / f"std-{seed}", "std", seed, rates, later)
     gap, alike = f"2 [{2 - half:.3g}, {2 + half:.3g}]", "0 [0, 0]"
-    lines = experiment.thirds(tmp_path).splitlines()
+    lines = tables.thirds(tmp_path).splitlines()
     assert lines[0] == "|  | 0 to 10 | 10 to 20 | 20 to 30 |"
     assert lines[2] == "| pass rate, none | " + " | ".join(["0.5 [0.5, 0.5]"] * 3) + " |"
     assert lines[4] == f"| gap, points | {alike} | {alike} | {gap} |"
@@ -442,12 +443,12 @@ def test_thirds_of_runs_that_part_in_the_last_one(tmp_path):
 
 def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
     start = dict(a=0.2, b=0.5, c=0.8)
-    for cell, n in itertools.product(experiment.CELLS, range(3)):
+    for cell, n in itertools.product(tables.CELLS, range(3)):
         lead = 0.06 + 0.03 * n if cell == "separate-unequal" else 0.03  # on one level of three
         for norm, more in (("none", 0), ("std", lead), ("batch", 0.015 + 0.015 * n)):
             rates = start | dict(a=0.2 + more)
             write_levels(tmp_path / "drawn" / cell / f"{n}" / f"{norm}-0", norm, 0, rates)
-    rows = [line.split(" | ") for line in experiment.contrast(tmp_path).splitlines()[2:]]
+    rows = [line.split(" | ") for line in tables.contrast(tmp_path).splitlines()[2:]]
     found = {row[0].strip("| "): [cell.strip("| ") for cell in row[1:]] for row in rows}
     half = scipy.stats.t.ppf(0.975, 2) / 3**0.5  # of 2, 3 and 4 points over three tasks
     assert found["std, separate-unequal"][1] == f"3 [{3 - half:.3g}, {3 + half:.3g}]"
@@ -460,3 +461,98 @@ def test_the_contrast_of_drawn_tasks_whose_gaps_are_known(tmp_path):
     half = scipy.stats.t.ppf(0.975, (4 / 3) ** 2 / ((1 + 3 / 81) / 2)) / 3
     both = found["std less batch, separate-unequal less the others"][1]
     assert both == f"2 [{2 - half:.3g}, {2 + half:.3g}]"
+
+
+def write_progress(path, norm, seed, rates, **progress):
+    """Logs of steps of one length, in which each level's progress (pairs none, std) is constant."""
+    lengths = dict.fromkeys(("length_none", "length_std", "length_var", "length_taken"), 1.0)
+
+    def measured(step, level):
+        none, std = progress[level]
+        values = dict(progress_none=[none] * 2, progress_std=[std] * 2, progress_var=[std] * 2)
+        halves = dict(pass_rate_half=[0.5, 0.5], reward_std_half=[0.5, 0.5], grad_sq_signal=1.0)
+        return values | halves
+
+    write_run(path, rates, norm, seed, columns=lengths, measured=measured)
+
+
+def test_leads_foretold_are_progress_times_steps_beside_those_seen(tmp_path):
+    """std should gain 0.1 points a step on a, and lose 0.05 on b; by step 40 it gained 1, 2 or 3
+    points on a (three seeds), and lost 1, 2 or 3 on b."""
+    flat = dict(a=[0.5] * 60, b=[0.3] * 60)
+    progress = dict(a=(0.001, 0.002), b=(0.001, 0.0005))
+    for seed in range(3):
+        lead = 0.01 * (seed + 1)
+        parted = dict(a=[0.5] * 30 + [0.5 + lead] * 30, b=[0.3] * 30 + [0.3 - lead] * 30)
+        write_progress(tmp_path / "x" / f"none-{seed}", "none", seed, flat, **progress)
+        write_run(tmp_path / "x" / f"std-{seed}", parted, "std", seed)
+    runs = experiment.whole_runs(tmp_path / "x")
+    none = [run for run in runs if run.config["norm"] == "none"]
+    rows, counts = tables.beside_gap(none, runs, "std", 40)
+    half = scipy.stats.t.ppf(0.975, 2) / 3**0.5
+    assert rows["level a"]["foretold"] == pytest.approx(4)
+    assert rows["level b"]["foretold"] == pytest.approx(-2)
+    assert rows["level a"]["seen"] == pytest.approx([2, 2 - half, 2 + half], abs=1e-3)
+    assert rows["level b"]["seen"] == pytest.approx([-2, -2 - half, -2 + half], abs=1e-3)
+    assert rows["level b"]["of none's progress"] == pytest.approx(-0.5)
+    assert counts["leads told from 0"] == 0 and counts["slope"] == pytest.approx(4 / 6, abs=1e-3)
+    rows, counts = tables.beside_gap(none, [*runs, *runs], "std", 20)  # before the runs part
+    assert rows["level a"]["seen"][0] == pytest.approx(0, abs=1e-3)
+
+
+def test_what_a_level_should_be_ahead_by(tmp_path):
+    """By progress: 0.1 points a step from step 10 on. By clocks: in groups of two a deviation is
+    one half or nothing, so that std only changes the length; in larger ones the level that has all
+    of the gradient keeps its speed, and the other one's is the ratio of their scales."""
+    rising = dict(a=[0.5] * 60, b=list(np.linspace(0.05, 0.25, 60)))
+    progress = dict(a=(0.001, 0.002), b=(0.001, 0.001))
+    write_progress(tmp_path / "none", "none", 0, rising, **progress)
+    run = experiment.analyze.read_run(tmp_path / "none")
+    ahead = tables.advance([run], by_clocks=False, stop=50)
+    assert ahead.loc[(0, "a"), [10, 20, 49]].tolist() == pytest.approx([0, 1, 3.9])
+    assert ahead.loc[(0, "b")].abs().max() == 0
+    run.config["group"] = 2
+    assert tables.advance([run], True, 50).abs().to_numpy().max() == pytest.approx(0, abs=1e-12)
+    run.config["group"] = 16
+    run.prompts.loc[run.prompts["level"] == "b", "grad_sq_signal"] = 0.0
+    ahead = tables.advance([run], True, 50)
+    assert ahead.loc[(0, "a")].abs().max() == pytest.approx(0, abs=1e-9)
+    expected, slope = 0.0, 100 * 0.2 / 59
+    for step in range(10, 40):
+        rates = np.array([0.05 + slope / 100 * step, 0.5])
+        of_b, of_a = tables.family_scale(rates, 16, "std")
+        expected += (of_b / of_a - 1) * slope
+    assert ahead.loc[(0, "b"), 40] == pytest.approx(expected, rel=1e-3)
+
+
+def test_words_by_pass_rate(tmp_path):
+    rates = dict(a=[0.5] * 60, b=[0.3] * 60)
+    write_progress(
+        tmp_path / "words" / "x" / "none-0", "none", 0, rates, a=(0.001, 0.002), b=(0, 0)
+    )
+    lines = [line.split(" | ") for line in tables.words(tmp_path).splitlines()]
+    column = lines[0].index("std less none")
+    assert [line[0] for line in lines[2:]] == [
+        "| x, seed 0, pass rate up to ⅔",
+        "| x, seed 0, all",
+    ]
+    assert lines[2][column].startswith("5")  # of 0.001, and of nothing: 5 points in 100 steps
+
+
+@pytest.mark.parametrize("name", tables.PACKED)
+def test_every_table_comes_from_the_packed_logs_in_a_minute(name, tmp_path):
+    script = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), name]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = sum(os.times()[2:4])
+    found = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert sum(os.times()[2:4]) - start < 60  # of processor time
+    assert len(found.stdout.splitlines()) >= 3
+
+
+def test_a_table_without_packed_logs_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "contrast"])
+    with pytest.raises(SystemExit) as ended:
+        tables.main()
+    assert ended.value.code == 2
+    assert "make its runs" in capsys.readouterr().err

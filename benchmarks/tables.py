@@ -1,0 +1,635 @@
+"""Tables and pictures of the results, from logs.
+
+    python benchmarks/tables.py foretold        # does progress foretell who learns what?
+    python benchmarks/tables.py undone          # what takes back a part of it: AdamW's scaling?
+    python benchmarks/tables.py language        # both questions in a language model
+    python benchmarks/tables.py words           # whom each norm would teach, on word problems
+    python benchmarks/tables.py embedded        # of `letters` and `arith`: gaps, held-out rates
+    python benchmarks/tables.py levels          # of `letters`: the analysis, by difficulty
+    python benchmarks/tables.py carried         # of `pretrained`: gate, gaps, contrast
+    python benchmarks/tables.py thirds          # of `model`: gaps by thirds of the run
+    python benchmarks/tables.py fresh           # gap in ten more pairs of `letters`
+    python benchmarks/tables.py picture         # of `letters`, for the README: picture.png
+    python benchmarks/tables.py exact           # no runs: policies whose gradient is known
+    python benchmarks/tables.py table --runs runs/experiment       # a line a comparison and norm
+    python benchmarks/tables.py condition --runs runs/experiment   # gap against overlap
+    python benchmarks/tables.py contrast --runs runs/experiment    # of `drawn`: by kind of task
+
+Logs come from results/, packed by `experiment.py pack`; with --runs, from the runs that
+experiment.py made there. Intervals are over seeds unless a table says otherwise.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import tarfile
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import special, stats
+
+HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE), str(HERE.parent)]
+
+from experiment import CELLS, NORMS, whole_runs  # noqa: E402
+
+import analyze  # noqa: E402
+
+# ------------------------------------- What each norm would do -----------------------------------
+
+
+def by_level(runs: list[analyze.Run]) -> dict[str, list[str]]:
+    """Every level by itself, in their order."""
+    levels = pd.concat([run.prompts for run in runs])["level"].unique()
+    return {f"level {level}": [level] for level in sorted(levels)}
+
+
+def beside_gap(
+    foretelling: list[analyze.Run], pairs: list[analyze.Run], norm: str, step: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """By level, in points: the lead over none that `norm` should have at `step`, foretold by runs
+    without the division (mean progress of norm less none at one length, times the steps), and the
+    lead that pairs of runs had there. And in one row: letters whose lead's interval excludes 0, how
+    many of these have the foretold sign, and the slope of the leads on what was foretold."""
+    parts = by_level(pairs)
+    table = analyze.foretell(foretelling, parts, step)["rows"]
+    curves = 100 * analyze.smooth_rates(
+        pd.concat([run.prompts for run in pairs]), ["norm", "seed", "level"]
+    )
+    leads = (curves.loc[norm][step] - curves.loc["none"][step]).dropna().unstack("level")
+    rows: dict[str, dict[str, Any]] = {}
+    signs = []
+    both = []
+    for name, (level,) in parts.items():
+        points = (table[name][norm][0] - table[name]["none"][0]) * step / 100
+        seen = analyze.mean_interval(leads[level])
+        rows[name] = {"foretold": points, "seen": seen, "of none's progress": math.nan}
+        rows[name]["of none's progress"] = table[name][norm][0] / table[name]["none"][0] - 1
+        if seen[1] > 0 or seen[2] < 0:
+            signs.append(points * seen[0] > 0)
+        both.append((points, seen[0]))
+    slope = float(np.polyfit(*zip(*both), 1)[0])
+    return rows, {"leads told from 0": len(signs), "sign foretold": sum(signs), "slope": slope}
+
+
+def foretold(runs: Path) -> str:
+    """Of `foretell`: how progress goes with what is learnt, by the norm that trained; what runs
+    without the division foretell of the others, beside what happened."""
+    agreement: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
+    leads: dict[str, dict[str, Any]] = {}
+    for task in ("letters", "arith"):
+        made = whole_runs(runs / "foretell" / task)
+        for norm in NORMS:
+            mine = [run for run in made if run.config["norm"] == norm]
+            found = [analyze.foretell([run], by_level([run]), run.end + 1) for run in mine]
+            pooled = analyze.foretell(mine, by_level(mine), 1 + min(run.end for run in mine))
+            row = agreement[f"{task}, {norm}"] = {"runs": len(found), "cells": pooled["cells"]}
+            for key in ("r", "slope"):
+                row[f"{key}, one run"] = analyze.mean_interval(one[key] for one in found)
+                row[f"{key}, means of all"] = pooled[key]
+        none = [run for run in made if run.config["norm"] == "none"]
+        for norm in NORMS[1:]:
+            for step in (20, 40, 60):
+                rows, counts = beside_gap(none, made, norm, step)
+                summary[f"{task}, {norm} less none at step {step}"] = counts
+                for level, row in rows.items():
+                    leads[f"{task}, {norm}, step {step}, {level}"] = row
+    titles = "Progress and what was learnt", "Foretold and seen, in short", "By level, in points"
+    tables = map(analyze.markdown, (agreement, summary, leads))
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
+
+
+def advance(runs: list[analyze.Run], by_clocks: bool, stop: int) -> pd.DataFrame:
+    """What each level should be ahead by under std at every step before `stop`, in points, by each
+    run of none: [(seed, level), steps]. From progress, or `by_clocks`: as if levels had separate
+    weights and no optimizer scaled them, so that each level's learning goes on as it does, at a
+    speed multiplied by std's scale of its gradients over none's, steps being as long."""
+    ahead = {}
+    for run in runs:
+        seed = run.config["seed"]
+        curves = 100 * analyze.smooth_rates(run.prompts, ["level"]).loc[:, : stop - 1]
+        if by_clocks:
+            speed = scales(curves / 100, run.config["group"])
+            squares = run.prompts[run.prompts["step"].between(analyze.FIRST, stop - 1)]
+            weights = squares.groupby(["level", "step"])["grad_sq_signal"].sum().unstack()
+            weights = weights.mean(axis=1)  # of a step's squared gradient without noise
+            mean = (speed**2).loc[:, analyze.FIRST :].mean(axis=1)
+            speed = speed / math.sqrt((mean * weights).sum() / weights.sum())
+            gains = (speed - 1) * curves.diff(axis=1).shift(-1, axis=1).fillna(0)
+        else:
+            kappa = analyze.same_length(run.log[run.log["step"].between(analyze.FIRST, stop - 1)])
+            halves = run.halves[run.halves["step"] < stop]
+            points = 100 * (
+                halves["progress_std"] * kappa["std"] - halves["progress_none"] * kappa["none"]
+            )
+            cells = points.groupby([halves["level"], halves["step"] // 10]).mean().unstack()
+            gains = cells[curves.columns // 10].set_axis(curves.columns, axis=1)
+        gains.loc[:, : analyze.FIRST - 1] = 0
+        for level, row in gains.cumsum(axis=1).shift(1, axis=1).fillna(0).iterrows():
+            ahead[seed, level] = row
+    return pd.DataFrame(ahead).T
+
+
+def scales(rates: pd.DataFrame, group: int) -> pd.DataFrame:
+    """By how much a norm of std makes the expected gradient of a prompt with these pass rates
+    longer than none does."""
+    ours, none = (family_scale(rates.to_numpy(), group, norm) for norm in ("std", "none"))
+    return pd.DataFrame(ours / none, rates.index, rates.columns)
+
+
+def reallocated(
+    prompts: pd.DataFrame, parts: dict[str, list[str]], stop: int | None = None
+) -> tuple[int, dict[str, list[float]]]:
+    """analyze.at_equal_progress of std, and by part each seed's reallocation, in points."""
+    stop, _ = analyze.at_equal_progress(prompts, "std", parts, stop)
+    values = defaultdict[str, list[float]](list)
+    for _, own in prompts.groupby("seed"):
+        for part, row in analyze.at_equal_progress(own, "std", parts, stop)[1].items():
+            values[part].append(row["reallocation"][0])
+    return stop, values
+
+
+def undone(runs: Path) -> str:
+    """Letters, seeds 40 to 44, by optimizer: reallocation at equal overall pass rate as seen, as
+    foretold by progress in runs of none, and by the clocks of separate levels; and what was seen
+    as a share of either."""
+    folders = {"AdamW": "foretell/letters", "AdamW, one second moment": "undo/scalar"}
+    folders |= {"SGD 0.025": "undo/sgd-0.025", "SGD 0.05": "undo/sgd-0.05"}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        made = [run for run in whole_runs(runs / folder) if run.config["seed"] < 45]
+        made = [run for run in made if run.config["norm"] in NORMS[:2]]
+        none = [run for run in made if run.config["norm"] == "none"]
+        prompts = pd.concat([run.prompts for run in made])
+        parts = analyze.cut_levels(prompts)
+        stop, seen = reallocated(prompts, parts)
+        curves = analyze.smooth_rates(pd.concat([run.prompts for run in none]), ["seed", "level"])
+        curves = curves.loc[:, : stop - 1]
+        found = {"seen": seen}
+        for kind, by_clocks in (("by progress", False), ("by clocks", True)):
+            both = {"none": curves, "std": curves + advance(none, by_clocks, stop) / 100}
+            long = pd.concat(both, names=["norm", "seed", "level"]).rename_axis(columns="step")
+            long = long.stack().rename("pass_rate").reset_index()
+            found[kind] = reallocated(long, parts, stop)[1]
+        for part in [*parts][:2]:
+            row = rows[f"{name}, {part}"] = {"to step": float(stop - 1)}
+            row |= {kind: analyze.mean_interval(found[kind][part]) for kind in found}
+            for kind in ("by progress", "by clocks"):
+                ratios = np.divide(seen[part], found[kind][part])
+                row[f"seen / {kind}"] = analyze.mean_interval(ratios)
+    return analyze.markdown(rows)
+
+
+def language(runs: Path) -> str:
+    """In the language model: the lead by letter at step 60, foretold from three runs of none and
+    seen in ten pairs; and every comparison divided into a common speed-up and a reallocation."""
+    made = {folder.name: whole_runs(folder) for folder in sorted((runs / "pretrained").glob("*/"))}
+    leads: dict[str, dict[str, Any]] = {}
+    summary: dict[str, dict[str, Any]] = {}
+    for folder in sorted((runs / "ahead").glob("*/")):
+        found = beside_gap(whole_runs(folder), made[folder.name], "std", 60)
+        summary[folder.name] = found[1]
+        leads |= {f"{folder.name}, {level}": row for level, row in found[0].items()}
+    letters = next(name for name in made if "0-of-3" in name)
+    batch = made.pop("letters-batch")
+    seeds = {run.config["seed"] for run in batch}
+    studies = {f"{name}, std − none": (own, "std", "none") for name, own in made.items()}
+    same = [run for run in made[letters] if run.config["seed"] in seeds]
+    studies["letters, batch − none"] = (same + batch, "batch", "none")
+    studies["letters, std − batch"] = (same + batch, "std", "batch")
+    parted: dict[str, dict[str, Any]] = {}
+    for name, (own, norm, base) in studies.items():
+        prompts = pd.concat([run.prompts for run in own if run.config["norm"] in (norm, base)])
+        prompts = prompts.assign(norm=prompts["norm"].replace(base, "none"))
+        stop, table = analyze.at_equal_progress(prompts, norm, analyze.cut_levels(prompts))
+        for part, row in table.items():
+            values = dict(zip(("lead", "common speed-up", "reallocation"), row.values()))
+            parted[f"{name}, {part}"] = {"to step": float(stop - 1)} | values
+    titles = (
+        "Lead of std at step 60, in points",
+        "In short",
+        "At equal overall pass rate, in points",
+    )
+    tables = map(analyze.markdown, (leads, summary, parted))
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
+
+
+def words(runs: Path) -> str:
+    """Of `words`: what 100 steps of each norm would teach, by pass rate, in each run and over all;
+    the share of groups whose rewards are all equal, and the ratio of std's length to none's."""
+    rows: dict[str, dict[str, Any]] = {}
+    for folder in sorted((runs / "words").glob("*/")):
+        made = whole_runs(folder)
+        each = {f"seed {run.config['seed']}": [run] for run in made}
+        if len(made) > 1:
+            each["all runs"] = made
+        for name, own in each.items():
+            found = analyze.foretell(own, {}, 1 + max(run.end for run in own))
+            silent = pd.concat([run.prompts for run in own])["reward_std"] == 0
+            for part, row in found["rows"].items():
+                row = {key: x[0] if key in NORMS else x for key, x in row.items()}
+                more = {"equal rewards": silent.mean(), "rate": found["rate"]}
+                rows[f"{folder.name}, {name}, {part}"] = row | (more if part == "all" else {})
+    return analyze.markdown(rows)
+
+
+def levels(runs: Path) -> str:
+    """Of `letters`: the whole report of analyze.py on std and none."""
+    made = whole_runs(runs / "letters" / "default")
+    pairs = analyze.tabulate([run for run in made if run.config["norm"] in NORMS[:2]])
+    ((title, chosen),) = analyze.arrange(pairs).items()
+    return analyze.describe(title, analyze.compare(chosen, None)[0])
+
+
+# --------------------------------------------- Tables ---------------------------------------------
+
+
+def early_geometry(runs: list[analyze.Run]) -> dict[str, list[float]]:
+    """Corrected cosine and interference of the first 60 steps, before the runs have parted."""
+    free = [analyze.noise_free(analyze.signals(run)[""].loc[:59])[0] for run in runs]
+    values = {"corrected cosine": free}
+    values["interference"] = [run.log["interference"][run.log["step"] < 60].mean() for run in runs]
+    return {name: analyze.mean_interval(each) for name, each in values.items()}
+
+
+def table(runs: Path) -> str:
+    """A line for every comparison and norm, with mean pass rates and gaps (points) of all steps; of
+    `rates`, mean pass rates over steps and seeds by learning rate."""
+    rows: dict[str, dict[str, Any]] = {}
+    rates: dict[str, dict[str, Any]] = {}
+    for folder in sorted({path.parents[1] for path in runs.glob("*/*/*/model")}):
+        name, whole = f"{folder.parent.name} {folder.name}", analyze.tabulate(whole_runs(folder))
+        if folder.parent.name == "rates":
+            for (norm, lr), mean in whole.groupby(["norm", "lr"])["rate"].mean().items():
+                rates.setdefault(f"{folder.name} {norm}", {})[lr] = mean
+            continue
+        for title, runs in analyze.arrange(whole).items():
+            found = analyze.compare(runs, None)[0]
+            means = pd.concat([run.log for run in runs]).groupby(["norm", "seed"])["rate"].mean()
+            for norm, numbers in found["norms"].items():
+                row = {
+                    re.sub(r"steps to .*", "steps to goal", key): numbers[key] for key in numbers
+                }
+                row["mean"] = analyze.mean_interval(means[norm])
+                if "none" in means and norm != "none":
+                    gaps = 100 * (means[norm] - means["none"]).dropna()
+                    row["gap, all steps"] = analyze.mean_interval(gaps)
+                three = float(found["phases"]["found"])
+                row["three phases"] = three if norm == found["norm"] else None
+                mine = [one for one in runs if one.config["norm"] == norm]
+                rows[f"{name}, {title}: {norm}"] = row | early_geometry(mine)
+    return f"{analyze.markdown(rows)}\n\n{analyze.markdown(rates)}"
+
+
+def embedded(runs: Path) -> str:
+    """Of `letters` and `arith` each norm's gap to none, in points, by parts of the run (steps 70 to
+    100 were chosen on other seeds), what std has over batch, and mean held-out pass rates."""
+    gaps, held = defaultdict[str, dict[str, Any]](dict), defaultdict[str, dict[str, Any]](dict)
+    for name in ("letters", "arith"):
+        logs = pd.concat([run.log for run in whole_runs(runs / name / "default")])
+        rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
+        norms = [norm for norm in rates.columns.unique(0) if norm != "none"]
+        lead = {norm: 100 * (rates[norm] - rates["none"]) for norm in norms}
+        if "batch" in lead:
+            lead["std less batch"] = lead["std"] - lead["batch"]
+        for first, end in ((0, 30), (70, 100), (220, 250), (0, 250)):
+            for norm, gap in lead.items():
+                means = gap.loc[first : end - 1].mean().dropna()  # a value a seed
+                gaps[f"{first} to {end}"][f"{name}, {norm}"] = analyze.mean_interval(means)
+        for (norm, step), mean in logs.groupby(["norm", "step"])["held_out"].mean().items():
+            if math.isfinite(mean):
+                held[f"{name}, {norm}"][f"{step}"] = mean
+    return f"{analyze.markdown(gaps)}\n\n{analyze.markdown(held)}"
+
+
+def fresh(runs: Path) -> str:
+    """The mean gap of std over none, in points, and the phases in ten pairs of runs of `letters`,
+    seeds 20 to 29, whose series are kept in results/."""
+    text = (HERE / "results" / "letters-gaps-20-29.json").read_text(encoding="utf-8")
+    pairs = json.loads(text).values()
+    gap = [pair["gap"] for pair in pairs]  # a list a pair, with a share for each step
+    reward_std = [pair["reward_std"] for pair in pairs]
+    cos_std = [pair["cos_std"] for pair in pairs]
+    interval = analyze.mean_interval(100 * np.mean(gap, axis=1))
+    phases = analyze.detect_phases(gap, reward_std, cos_std)
+    row = {"pairs": float(len(gap)), "gap, all steps": interval}
+    return f"{analyze.markdown({'letters, seeds 20 to 29': row})}\n\n{phases['reason']}"
+
+
+def picture(runs: Path) -> tuple[str, Figure]:
+    """OUT/lead.png: of `letters` the pass rates of std and none, and the lead of std by difficulty,
+    means of ten steps with 95% intervals over seeds."""
+    runs = [run for run in whole_runs(runs / "letters/default") if run.config["norm"] in NORMS[:2]]
+    found, lines = analyze.compare(runs, None)
+    rates, lead, by_level, *_ = lines.values()
+    hardest, middle, easiest = (by_level[name] for name in by_level.columns.unique(0))
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, series, color, style, label, *place in (
+        (left, rates["std"], analyze.COLORS["std"], "-", "GRPO (÷ std)", 95, 86, "right"),
+        (left, rates["none"], analyze.COLORS["none"], "--", "REINFORCE (no ÷)", 105, 69, "left"),
+        (right, hardest, analyze.COLORS["hardest"], "-", "hard problems", 93, 15, "left"),
+        (right, middle, analyze.COLORS["middle"], "-", "medium problems", 95, -5.5, "left"),
+        (right, easiest, analyze.COLORS["easiest"], "-", "easy problems", 252, -1.9, "right"),
+        (right, lead["std"], "#000000", "-", "all problems", 130, 4.8, "left"),
+    ):
+        tens = series.groupby(series.index // 10 * 10 + 5).mean()
+        rows = analyze.bands(tens.T.items())
+        axis.plot(rows["mean"], color=color, linestyle=style, linewidth=3)
+        axis.fill_between(
+            rows.index, rows["low"], rows["high"], color=color, alpha=0.2, linewidth=0
+        )
+        x, y, side = place
+        axis.text(x, y, label, color=color, fontsize=17, ha=side)
+    right.axhline(0, color="black", linewidth=1)
+    phases = found["phases"]
+    edges = [0, *phases["boundaries"], found["last_step"]] if phases["found"] else []
+    for a, b, name in zip(edges, edges[1:], ("alike", "opens", "closes")):
+        right.axvspan(a, b, color="grey", alpha=0.15 * (name == "opens"), linewidth=0)
+        above = dict(transform=right.get_xaxis_transform(), ha="center", va="top")
+        right.text((a + b) / 2, 0.98, name, fontsize=15, style="italic", **above)
+    left.set_title("Pass rate in training (%)", fontsize=18)
+    right.set_title("Lead of GRPO (percentage points)", fontsize=18)
+    for axis in (left, right):
+        axis.set_xlabel("training step", fontsize=15)
+        axis.tick_params(labelsize=14)
+    figure.savefig(runs / "lead.png", dpi=100)
+    return f"{len(lead['std'].columns)} pairs of runs: {phases['reason']}"
+
+
+def condition(runs: Path) -> tuple[str, Figure]:
+    """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and
+    `arith`; a picture. The largest gap is the mean of the 30 consecutive steps where the mean
+    over pairs is largest, so noise alone would make it positive. The geometry is that of std."""
+    studies = {"0 of 3 digits": "letters/default"}
+    studies |= {f"{n} of 3 digits": f"overlap/{n}-of-3" for n in (1, 2, 3)}
+    studies |= {"arith": "arith/default"}
+    figure, rows = Figure(figsize=(12, 3.4), layout="constrained"), dict[str, dict[str, Any]]()
+    curves, *axes = figure.subplots(1, 4, width_ratios=(2, 1, 1, 1))
+    colors = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"]
+    curves.set_prop_cycle(color=colors, linestyle=["-", "--", "-.", ":", "-"])
+    for name, study in studies.items():
+        runs = [run for run in whole_runs(runs / study) if run.config["norm"] in ("std", "none")]
+        logs = pd.concat([run.log for run in runs])
+        rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
+        gaps = 100 * (rates["std"] - rates["none"]).dropna()  # points, a column a pair
+        smooth = gaps.rolling(30).mean()
+        widest = smooth.mean(axis=1).idxmax()
+        row: dict[str, Any] = {"pairs": float(gaps.shape[1])}
+        row["gap, mean of all steps"] = analyze.mean_interval(gaps.mean())
+        row["largest gap of 30 steps"] = analyze.mean_interval(smooth.loc[widest])
+        row["its last step"] = float(widest)
+        row |= early_geometry([run for run in runs if run.config["norm"] == "std"])
+        found = analyze.compare(runs, None)[0]
+        row["speed-up"] = found["norms"]["std"]["speed-up"]
+        rows[name] = row | {"phases found": float(found["phases"]["found"])}
+        curves.plot(smooth.index - 15, smooth.mean(axis=1), label=name.split()[0])
+    curves.axhline(0, color="grey", linewidth=0.5)
+    curves.set(title="std − none, points (mean of 30 steps)", xlabel="step")
+    curves.legend(title="digits shared", fontsize=8, loc="upper right")
+    for axis, key in zip(axes, ("largest gap of 30 steps", "corrected cosine", "interference")):
+        means, lows, highs = zip(*(row[key] for row in rows.values()))
+        bars = np.array([np.subtract(means, lows), np.subtract(highs, means)])
+        axis.errorbar(range(len(rows)), means, bars, fmt="o", color="black", capsize=3)
+        axis.set(title=key, xlabel="digits shared", xlim=(-0.5, 4.5))
+        axis.set_xticks(range(len(rows)), [label.split()[0] for label in rows])
+        axis.axhline(axis is axes[2], color="grey", linewidth=0.5)  # no gap; orthogonal
+    figure.savefig(runs / "condition.png", dpi=120)
+    return analyze.markdown(rows)
+
+
+def welch(groups: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """A weighted sum of the groups' means and its 95% interval by Welch and Satterthwaite."""
+    means, parts, sizes = (np.array([f(group) for group in groups]) for f in (np.mean, np.var, len))
+    parts = np.square(weights) * parts / (sizes - 1)  # of the sum's variance
+    freedom = parts.sum() ** 2 / (parts**2 / (sizes - 1)).sum()
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(parts.sum())
+    mean = float(np.dot(weights, means))
+    return [mean, mean - half, mean + half]
+
+
+def task_gaps(folder: Path) -> pd.DataFrame:
+    """A drawn task's mean gaps between std, batch and none, in points, over all steps and seeds;
+    for all its problems and for the hardest third."""
+    prompts = pd.concat([run.prompts for run in whole_runs(folder)])
+    hardest = next(iter(analyze.cut_levels(prompts).values()))
+    gaps = {}
+    for name, part in {"all": prompts, "hardest": prompts[prompts["level"].isin(hardest)]}.items():
+        by_step = part.groupby(["norm", "seed", "step"])["pass_rate"].mean()
+        rates = 100 * by_step.groupby("norm").mean()
+        gaps[name] = rates[["std", "batch"]] - rates["none"]
+        gaps[name]["std less batch"] = rates["std"] - rates["batch"]
+    return pd.DataFrame(gaps)
+
+
+def contrast(runs: Path) -> str:
+    """Of `drawn`: the gap over all steps by cell, and how much larger it is where skills are
+    separate and unequal than in the mean of the other cells: of std, of batch, which has a common
+    rate alone, and of std less batch. Intervals are over tasks."""
+    rows: dict[str, dict[str, Any]] = {}
+    gaps = {}
+    for cell in CELLS:
+        folders = sorted({path.parents[1] for path in (runs / "drawn" / cell).glob("*/*/model")})
+        gaps[cell] = [task_gaps(folder) for folder in folders]
+    for name in ("std", "batch", "std less batch"):
+        for cell, tasks in gaps.items():
+            row = rows[f"{name}, {cell}"] = {"tasks": float(len(tasks))}
+            row["gap, points"] = analyze.mean_interval(task["all"][name] for task in tasks)
+            if "unequal" in cell:
+                hardest = analyze.mean_interval(task["hardest"][name] for task in tasks)
+                row["of the hardest third"] = hardest
+        cells = [[task["all"][name] for task in tasks] for tasks in gaps.values()]
+        more = welch(cells, [1, -1 / 3, -1 / 3, -1 / 3])
+        rows[f"{name}, separate-unequal less the others"] = {"gap, points": more}
+    return analyze.markdown(rows)
+
+
+def in_window(
+    runs: list[analyze.Run], end: int | None = None, norm: str = "std", other: str = "none"
+) -> dict[str, list[float]]:
+    """One value per seed from one task's runs: the noise-free cosine between letters at steps 0, 10
+    and 20; the gaps of one norm over another in points, of all letters and by difficulty, up to
+    step `end`, or to the first at which the pass rate pooled over norms and seeds reaches 0.95; and
+    the held-out gap at the end."""
+    log, prompts = pd.concat([x.log for x in runs]), pd.concat([x.prompts for x in runs])
+    pooled = log.groupby("step")["rate"].mean()
+    if end is None:
+        end = next((step for step, rate in pooled.items() if rate >= 0.95), pooled.index.max())
+    parts = {"all": [*prompts["level"].unique()]} | analyze.cut_levels(prompts)
+    found: dict[str, list[float]] = {"last step": [float(end)]}
+    cosines = defaultdict(list)
+    for run in runs:
+        moments = analyze.signals(run)["_between"].reindex([0, 10, 20])
+        cosines[run.config["seed"]].append(analyze.noise_free(moments)[0])
+    found["cosine between letters"] = [float(np.mean(values)) for values in cosines.values()]
+    for name, levels in parts.items():
+        chosen = prompts[prompts["level"].isin(levels) & (prompts["step"] <= end)]
+        rates = chosen.groupby(["seed", "norm"])["pass_rate"].mean().unstack()
+        gaps = (100 * (rates[norm] - rates[other])).dropna().tolist()
+        found[f"gap, {name}".split(":")[0]] = gaps
+    held = log.groupby(["seed", "norm"])["held_out"].last().unstack()
+    found["held out"] = (100 * (held[norm] - held[other])).dropna().tolist()
+    return found
+
+
+def carried(runs: Path) -> str:
+    """Of `pretrained`: a row a task, intervals over seeds; in the window of letters, std over batch
+    and batch over none; by how much the gaps of letters are larger than the control's, in their own
+    windows and where both stop with the control."""
+    made = {folder.name: whole_runs(folder) for folder in sorted((runs / "pretrained").glob("*/"))}
+    batch = made.pop("letters-batch", [])
+    found = {name: in_window(runs) for name, runs in made.items() if runs}
+    letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
+    if letters and batch:
+        end = int(found[letters[0]]["last step"][0])
+        for norm, other in (("std", "batch"), ("batch", "none")):
+            runs = [x for x in made[letters[0]] + batch if x.config["norm"] in (norm, other)]
+            found[f"letters, {norm} over {other}"] = in_window(runs, end, norm, other)
+    rows = {
+        task: {k: analyze.mean_interval(v) for k, v in row.items()} for task, row in found.items()
+    }
+    if letters and control:
+        end, base = int(found[control[0]]["last step"][0]), found[control[0]]
+        windows = {"letters less control": found[letters[0]]}
+        windows["the same, both to the control's last step"] = in_window(made[letters[0]], end)
+        for name, row in windows.items():
+            gaps = [key for key in row if "gap" in key and min(len(row[key]), len(base[key])) > 1]
+            rows[name] = {key: welch([row[key], base[key]], [1, -1]) for key in gaps}
+    return analyze.markdown(rows)
+
+
+def thirds(runs: Path) -> str:
+    """Of `model`, by thirds of the run, intervals over seeds: pass rates, the gap in points, and
+    the share of prompts whose completions were all rewarded alike."""
+    folders = [path.parent for path in sorted((runs / "model").glob("*/*/config.json"))]
+    tables = ((run.log, run.prompts) for run in map(analyze.read_run, folders))
+    log, prompts = map(pd.concat, zip(*tables))
+    prompts["alike"], width = prompts["reward_std"] == 0, (prompts["step"].max() + 1) // 3
+    rows = defaultdict[str, dict[str, Any]](dict)
+    for start in range(0, 3 * width, width):
+        rates, alike = (
+            whole[whole["step"].between(start, start + width - 1)]
+            .groupby(["norm", "seed"])[key]
+            .mean()
+            for whole, key in ((log, "rate"), (prompts, "alike"))
+        )
+        found = {f"pass rate, {norm}": rates[norm] for norm in NORMS[:2]}
+        found["gap, points"] = 100 * (rates["std"] - rates["none"])
+        found |= {f"prompts without variance, {norm}": alike[norm] for norm in NORMS[:2]}
+        for name, values in found.items():
+            rows[name][f"{start} to {start + width}"] = analyze.mean_interval(values)
+    return analyze.markdown(rows)
+
+
+def family_scale(J: np.ndarray, group: int, norm: str) -> np.ndarray:
+    """A norm's expected gradient divided by that of the pass rate J, for groups of this size (0: no
+    sampling). For std: E[sd / (J (1 - J))] over the binomial number of right completions."""
+    J = np.clip(J, 1e-12, 1 - 1e-12)
+    if norm == "none":
+        return np.full_like(J, 1 - 1 / group if group else 1)
+    if not group:
+        return 1 / np.sqrt(J * (1 - J))
+    right = np.arange(group + 1)
+    deviations = np.sqrt(right * (group - right)) / group
+    return (stats.binom.pmf(right, group, J[..., None]) * deviations).sum(-1) / (J * (1 - J))
+
+
+def exact_steps(
+    norm: str, group: int, rate: float, spread: float, seeds: int = 8, most: int = 50_000
+) -> np.ndarray:
+    """Steps [seeds] to a mean pass rate of 0.9 by expected gradients, for softmax policies over the
+    6 actions of each of 8 prompts; NaN where it takes more than `most`. spread: of the right
+    action's initial logit over the prompts."""
+    logits = np.random.default_rng(0).normal(0, 0.5, size=(seeds, 8, 6))
+    logits[..., 0] -= np.linspace(0, spread, 8)
+    steps = np.full(seeds, math.nan)
+    for step in range(most):
+        policy = special.softmax(logits, axis=-1)
+        J = policy[..., 0]  # [seeds, 8]
+        steps[np.isnan(steps) & (J.mean(axis=1) >= 0.9)] = step
+        if np.isfinite(steps).all():
+            break
+        logits += rate * (family_scale(J, group, norm) * J)[..., None] * (np.eye(6)[0] - policy)
+    return steps
+
+
+def exact(runs: Path) -> str:
+    """Speed-up of std over none for known gradients: median, least and largest of 8 starts. Each
+    norm takes the steps that the curvature bound allows it: eta / sigma, or 2 eta for all prompts,
+    as sigma is at most 1/2."""
+    rows: dict[str, dict[str, Any]] = {}
+    for spread in (0, 2, 4, 6):
+        row = rows[f"logits spread over {spread}"] = {}
+        for group in (4, 16, 64, 0):
+            none = exact_steps("none", group, 0.5, spread)
+            ratios = none / exact_steps("std", group, 0.25, spread)
+            name = f"G = {group}" if group else "exact"
+            row[name] = [np.median(ratios), ratios.min(), ratios.max()]
+    return analyze.markdown(rows)
+
+
+TABLES: dict[str, Callable[[Path], Any]] = {
+    table.__name__: table
+    for table in (
+        *(foretold, undone, language, words, embedded, levels, carried, thirds, fresh, picture),
+        *(exact, table, condition, contrast),
+    )
+}
+# The studies in results/ that a table reads; those without an entry have no packed logs.
+PACKED: dict[str, tuple[str, ...]] = {
+    "foretold": ("foretell",),
+    "undone": ("foretell", "undo"),
+    "language": ("pretrained", "ahead"),
+    "words": ("words",),
+    "embedded": ("letters", "arith"),
+    "levels": ("letters",),
+    "picture": ("letters",),
+    "carried": ("pretrained",),
+    "thirds": ("model",),
+    "fresh": (),
+    "exact": (),
+}
+
+
+def unpack(table: str, folder: Path) -> None:
+    """Put a table's packed logs into a folder, as experiment.py would leave them."""
+    for study in PACKED[table]:
+        with tarfile.open(HERE / "results" / f"{study}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+
+
+def main() -> None:
+    """The command line."""
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
+    parser.add_argument("table", choices=[*TABLES])
+    parser.add_argument("--runs", type=Path, help="where experiment.py's runs lie")
+    given = parser.parse_args()
+    if given.runs is None and given.table not in PACKED:
+        parser.error(f"{given.table} has no packed logs: make its runs, and name them by --runs")
+    with tempfile.TemporaryDirectory() as folder:
+        if given.runs is None:
+            unpack(given.table, Path(folder))
+        try:
+            found = TABLES[given.table](given.runs or Path(folder))
+        except (KeyError, ValueError, StopIteration):
+            if given.runs is None:
+                raise
+            parser.error(f"{given.runs} lacks runs of {given.table}: make them by experiment.py")
+    if isinstance(found, tuple):
+        found, figure = found
+        figure.savefig(f"{given.table}.png", dpi=100)
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
