@@ -94,7 +94,7 @@ class InputError(RunError):
 class Config:
     """The user's settings; --help shows the comments. None: not set, `resolve` fills it in."""
 
-    norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
+    # Task and model:
     task: Literal["letters", "arith", "gsm8k", "math"] | None = None  # default: letters, or math
     model: str | None = None  # directory or hub name; default: embedded, or Qwen/Qwen2.5-Math-1.5B
     lora: int = 0  # rank of adapters on all linear layers (alpha twice that); 0: train all weights
@@ -102,26 +102,31 @@ class Config:
     eval_data: str | None = None  # held-out problems; default: the task's, or a part of --data
     instruction: str | None = None  # prompt text around {question}; default: the task's
     chat: bool = True  # whether to use the tokenizer's chat template, if it has one
+    # Algorithm:
+    norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
     prompts: int = 16  # P, prompts per step
     group: int = 16  # G, completions per prompt
     max_new_tokens: int | None = None  # default: letters and arith 6, gsm8k 512, math 1024
     temperature: float = 1.0  # softmax temperature, the same for sampling and training
-    steps: int = 250  # number of batches to sample; each gets --epochs updates
-    lr: float | None = None  # default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
-    max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     agg: Literal["sequence", "mean", "token"] = "sequence"  # what the sum over tokens is divided by
     epochs: int = 1  # updates per batch; above 1 the importance ratio is clipped
     clip: float = 0.2  # range of the importance ratio around 1
     kl: float = 0.0  # weight of the KL term against the frozen start policy
-    micro_batch: int | None = None  # most tokens per training pass; default: 4096, or by vocabulary
-    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default: bfloat16 on CUDA
-    device: str | None = None  # torch device; default: cuda if there is one, else cpu
-    seed: int = 0  # random seed for the order of prompts and for sampling
+    # Optimizer:
+    steps: int = 250  # number of batches to sample; each gets --epochs updates
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
+    lr: float | None = None  # default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times
+    max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
+    # Measuring:
     measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
     curvature: bool | None = None  # then curvature and Fisher as well; default: up to 1M weights
     eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
     eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
+    # Run:
+    seed: int = 0  # random seed for the order of prompts and for sampling
+    micro_batch: int | None = None  # most tokens per training pass; default: 4096, or by vocabulary
+    dtype: Literal["float32", "bfloat16"] | None = None  # of weights; default: bfloat16 on CUDA
+    device: str | None = None  # torch device; default: cuda if there is one, else cpu
     save_every: int = 50  # steps between checkpoints
     out: str | None = None  # run directory; default: runs/TASK-NORM-SEED, or after --model, --data
     resume: bool = False  # continue the run in --out
@@ -1387,8 +1392,11 @@ def finish(run, evaluation):
         model = run.policy.model.merge_and_unload() if run.config.lora else run.policy.model
         model.save_pretrained(folder)
         run.policy.tokenizer.save_pretrained(folder)
+        log = (folder.parent / LOGS[0]).read_text(encoding="utf-8")
+        first = json.loads(log.splitlines()[0])
         print(
-            f"held out {columns['eval_reward']:.3f}, greedy {columns['eval_greedy_reward']:.3f}; "
+            f"held out {first['eval_reward']:.3f} → {columns['eval_reward']:.3f}, greedy "
+            f"{first['eval_greedy_reward']:.3f} → {columns['eval_greedy_reward']:.3f}; "
             f"all in {run.config.out}\nnext: run with another --norm (and --out, if given), "
             "then analyze.py with both directories"
         )
@@ -1653,9 +1661,19 @@ def main(arguments=None):
     parser = HfArgumentParser(Config, prog="grpo.py", description=about, allow_abbrev=False)  # type: ignore[arg-type]
     parser.usage = argparse.SUPPRESS  # so that an error is one line
     source = "".join(map(inspect.getsource, Config.__mro__[:-1]))
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, flags=re.M))
+    comments = {}
+    group_of = {}
+    group = None
+    for name, comment in re.findall(r"^    (?:(\w+): .*?  )?# (.*)$", source, flags=re.M):
+        if not name:  # a heading
+            group = parser.add_argument_group(comment.rstrip(":"))
+        comments[name] = comment
+        group_of[name] = group
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
+        if group_of.get(action.dest):
+            parser._optionals._group_actions.remove(action)
+            group_of[action.dest]._group_actions.append(action)
         if action.dest == "curvature":
             action.nargs = "?"  # as for settings that are either true or false
             action.const = True
