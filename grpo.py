@@ -1,12 +1,10 @@
 """REINFORCE and GRPO on math problems in one file: why does GRPO divide by the standard deviation?
 
-    pip install -r requirements.txt
-    python grpo.py --norm std               # the embedded task: no download, one or two minutes
-    python grpo.py --norm none              # same prompts, same random numbers, no division
-    python grpo.py --norm std --resume      # goes on where an interrupted run stopped
-    python grpo.py --task gsm8k             # a hub model and data set
-    python grpo.py --model DIR --data FILE.jsonl
-    torchrun --nproc_per_node 2 grpo.py     # the same run, its prompts shared out to two processes
+    python grpo.py --norm none          # REINFORCE: a minute or two on a CPU, no download
+    python grpo.py --norm std           # GRPO: same prompts, same random numbers
+    python analyze.py runs/*            # what the division changed, and for whom
+    python grpo.py --norm std --resume  # goes on where an interrupted run stopped
+    python grpo.py --task gsm8k         # a hub model and data set; or --model DIR --data FILE.jsonl
 
 GRPO in short. For each of P prompts:
 
@@ -15,9 +13,8 @@ GRPO in short. For each of P prompts:
     advantages A = (r - mean of r) * scale      scale = 1: REINFORCE; 1 / deviation of r: GRPO
     loss = -mean over the completions of A * log-probability of the completion
 
-and the optimizer takes one step along the gradient of the P losses' mean. `--norm` chooses the
-scale and changes nothing else: none 1, std 1 / sigma, var 1 / sigma^2 (ascent on the log-odds),
-batch 1 / (standard deviation of all P*G rewards).
+and the optimizer takes a step along the gradient of the P losses' mean. `--norm` only chooses the
+scale: none 1, std 1 / sigma, var 1 / sigma^2 (ascent on log-odds), batch 1 / (deviation of all).
 
 Differences from GRPO as published (Shao et al. 2024, arXiv 2402.03300):
 
@@ -29,16 +26,16 @@ Differences from GRPO as published (Shao et al. 2024, arXiv 2402.03300):
   - No KL term unless `--kl` > 0; the importance ratio multiplies it, so its gradient is right.
   - One update per batch, at which the importance ratio is 1, unless `--epochs` > 1.
   - What is sampled is what is trained: no top-k, no top-p, one temperature for both.
-  - Rewards come from a checker, not from a model; AdamW has no weight decay.
+  - Rewards come from a checker, not a model; AdamW has no weight decay.
 
 Part one, the algorithm: `train`, its formulas, then sampling, gradient, evaluation. Read this.
 Part two, the measurement: what Ge et al. (arXiv 2601.23135) explain the division with, for those
 who want to know why: each prompt's gradient, how orthogonal they are, the curvature along them.
 Part three, the plumbing: models, answers, data, files, processes, the command line. Skip it.
 
-Functions that need only torch and their arguments are there to be copied: group_advantages (with
-advantage_scale), token_weights, policy_loss, k3_divergence, sample_tokens, gradient_geometry (with
-pair_cosines), progress, directional_curvature (with square), count_sketch.
+To copy, as they need only torch and their arguments: group_advantages (with advantage_scale),
+token_weights, policy_loss, k3_divergence, sample_tokens, gradient_geometry (with pair_cosines),
+progress, directional_curvature (with square), count_sketch.
 """
 
 import argparse
@@ -1671,9 +1668,9 @@ def main(arguments=None):
         group_of[name] = group
     for action in parser._actions:
         action.help = comments.get(action.dest, action.help)
-        if group_of.get(action.dest):
+        if group := group_of.get(action.dest):
             parser._optionals._group_actions.remove(action)
-            group_of[action.dest]._group_actions.append(action)
+            group._group_actions.append(action)
         if action.dest == "curvature":
             action.nargs = "?"  # as for settings that are either true or false
             action.const = True

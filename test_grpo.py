@@ -1014,6 +1014,16 @@ def test_log_step_by_hand(tmp_path, capsys, monkeypatch):
     np.testing.assert_equal(rates.numpy(), [0.5, math.nan, math.nan])
 
 
+def test_the_last_line_says_before_and_after(tmp_path, capsys):
+    after = run(tmp_path / "run", **BRIEF | dict(steps=2, lr=0.1))
+    before = read(tmp_path / "run")[0]
+    assert before["eval_reward"] != after["eval_reward"]
+    held_out, greedy = (
+        f"{before[key]:.3f} → {after[key]:.3f}" for key in ("eval_reward", "eval_greedy_reward")
+    )
+    assert f"\nheld out {held_out}, greedy {greedy}; all in " in capsys.readouterr().out
+
+
 def test_train_leaves_logs_checkpoint_model_and_settings(whole):
     """That save_checkpoint, as save_or_stop calls it, log_step and finish write."""
     out = whole[0]
@@ -1630,6 +1640,9 @@ def test_main_says_in_one_line_what_is_wrong(arguments, message, tmp_path, monke
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+TITLES = ["Task and model", "Algorithm", "Optimizer", "Measuring", "Run"]
+
+
 def test_main_helps_with_every_setting_and_its_default(capsys):
     assert command(["--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -1640,6 +1653,9 @@ def test_main_helps_with_every_setting_and_its_default(capsys):
     assert shown.count("(default: 16)") == 2 and "None" not in shown  # P and G
     assert "default: letters and arith 6, gsm8k 512, math 1024" in shown
     assert "default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times" in shown
+    titles = [shown.index(f" {title}: --") for title in TITLES]
+    assert titles == sorted(titles)  # and a setting stands under its title
+    assert titles[1] < shown.index(" --norm {") < titles[2] < shown.index(" --lr LR ") < titles[3]
 
 
 def test_main_passes_settings_on_and_notes_a_signal(monkeypatch, capfd):

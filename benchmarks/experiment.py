@@ -1,28 +1,25 @@
 """The runs behind the results: grpo.py with other flags. Whole runs are kept, others resumed.
 
-    python benchmarks/experiment.py letters        # the embedded task: four norms, all measured
+    python benchmarks/experiment.py letters        # the embedded task: four norms
+    python benchmarks/experiment.py arith          # one skill in every problem
+    python benchmarks/experiment.py foretell       # both on fresh seeds, progress in every step
+    python benchmarks/experiment.py undo           # letters with less of AdamW
     python benchmarks/experiment.py rates          # learning rates, on seeds that nothing else uses
     python benchmarks/experiment.py norms          # each norm at its best rate; needs `rates`
     python benchmarks/experiment.py groups         # G = 4, 16, 64 at equal completions a step
     python benchmarks/experiment.py overlap        # letters that share one, two, all three digits
-    python benchmarks/experiment.py arith          # one skill in every problem
     python benchmarks/experiment.py neighbours     # the methods of neighbours.py
-    python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl   # a language model
     python benchmarks/experiment.py drawn          # twenty tasks drawn anew, in four cells
     python benchmarks/experiment.py pretrained --model DIR --seeds 0 1 2 3 4 5 6 7 8 9
-    python benchmarks/experiment.py table          # what they say: a line a comparison and norm
-    python benchmarks/experiment.py embedded       # of `letters` and `arith`: gaps, held-out rates
-    python benchmarks/experiment.py fresh          # gap in ten more pairs of `letters`, kept here
-    python benchmarks/experiment.py picture        # of `letters`, for the README: OUT/lead.png
-    python benchmarks/experiment.py condition      # gap against overlap: table, OUT/condition.png
-    python benchmarks/experiment.py contrast       # of `drawn`: what the gap depends on
-    python benchmarks/experiment.py carried        # of `pretrained`: gate, gaps, contrast
-    python benchmarks/experiment.py exact          # no runs: policies whose gradient is known
+    python benchmarks/experiment.py ahead --model DIR --seeds 0 1 2   # the same starts, progress
+    python benchmarks/experiment.py words --model DIR --svamp SVAMP.jsonl --seeds 0   # progress
+    python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl   # pairs of runs
+    python benchmarks/experiment.py letters --pack  # no runs: their logs, thinned, into results/
 
-Runs lie in OUT/STUDY/VARIANT/; `python analyze.py runs/experiment/letters/default/*` reports on
-them in full. SVAMP.jsonl (Patel et al. 2021) has columns question, answer and equation; the first
-700 problems train, the rest are held out. Choose a rate for `model` by --lr and --seeds, on a seed
-that is not reported.
+Runs lie in OUT/STUDY/VARIANT/; tables.py prints what they say, and `python analyze.py
+runs/experiment/letters/default/*` reports in full. SVAMP.jsonl (Patel et al. 2021) has columns
+question, answer and equation; the first 700 problems train, the rest are held out. Choose a rate
+for `model` by --lr and --seeds, on a seed that is not reported.
 """
 
 import argparse
@@ -396,9 +393,8 @@ def best_rate(out: Path, optimizer: str, norm: str) -> float:
 
 def main() -> None:
     """The command line."""
-    studies = (letters, rates, norms, groups, overlap, arith, neighbours, model, drawn, pretrained)
-    studies += (foretell, undo, words, ahead)
-    plans = {plan.__name__: plan for plan in studies}
+    toys = (letters, arith, foretell, undo, rates, norms, groups, overlap, neighbours, drawn)
+    plans = {plan.__name__: plan for plan in (*toys, pretrained, ahead, words, model)}
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=about)
     add = parser.add_argument

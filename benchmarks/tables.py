@@ -76,18 +76,19 @@ def beside_gap(
         if seen[1] > 0 or seen[2] < 0:
             signs.append(points * seen[0] > 0)
         both.append((points, seen[0]))
-    slope = float(np.polyfit(*zip(*both), 1)[0])
+    x, y = np.transpose(both)
+    slope = float(np.polyfit(x, y, 1)[0])
     return rows, {"leads told from 0": len(signs), "sign foretold": sum(signs), "slope": slope}
 
 
-def foretold(runs: Path) -> str:
+def foretold(root: Path) -> str:
     """Of `foretell`: how progress goes with what is learnt, by the norm that trained; what runs
     without the division foretell of the others, beside what happened."""
     agreement: dict[str, dict[str, Any]] = {}
     summary: dict[str, dict[str, Any]] = {}
     leads: dict[str, dict[str, Any]] = {}
     for task in ("letters", "arith"):
-        made = whole_runs(runs / "foretell" / task)
+        made = whole_runs(root / "foretell" / task)
         for norm in NORMS:
             mine = [run for run in made if run.config["norm"] == norm]
             found = [analyze.foretell([run], by_level([run]), run.end + 1) for run in mine]
@@ -158,7 +159,7 @@ def reallocated(
     return stop, values
 
 
-def undone(runs: Path) -> str:
+def undone(root: Path) -> str:
     """Letters, seeds 40 to 44, by optimizer: reallocation at equal overall pass rate as seen, as
     foretold by progress in runs of none, and by the clocks of separate levels; and what was seen
     as a share of either."""
@@ -166,7 +167,7 @@ def undone(runs: Path) -> str:
     folders |= {"SGD 0.025": "undo/sgd-0.025", "SGD 0.05": "undo/sgd-0.05"}
     rows: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        made = [run for run in whole_runs(runs / folder) if run.config["seed"] < 45]
+        made = [run for run in whole_runs(root / folder) if run.config["seed"] < 45]
         made = [run for run in made if run.config["norm"] in NORMS[:2]]
         none = [run for run in made if run.config["norm"] == "none"]
         prompts = pd.concat([run.prompts for run in made])
@@ -189,13 +190,13 @@ def undone(runs: Path) -> str:
     return analyze.markdown(rows)
 
 
-def language(runs: Path) -> str:
+def language(root: Path) -> str:
     """In the language model: the lead by letter at step 60, foretold from three runs of none and
     seen in ten pairs; and every comparison divided into a common speed-up and a reallocation."""
-    made = {folder.name: whole_runs(folder) for folder in sorted((runs / "pretrained").glob("*/"))}
+    made = {folder.name: whole_runs(folder) for folder in sorted((root / "pretrained").glob("*/"))}
     leads: dict[str, dict[str, Any]] = {}
     summary: dict[str, dict[str, Any]] = {}
-    for folder in sorted((runs / "ahead").glob("*/")):
+    for folder in sorted((root / "ahead").glob("*/")):
         found = beside_gap(whole_runs(folder), made[folder.name], "std", 60)
         summary[folder.name] = found[1]
         leads |= {f"{folder.name}, {level}": row for level, row in found[0].items()}
@@ -223,11 +224,11 @@ def language(runs: Path) -> str:
     return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
 
 
-def words(runs: Path) -> str:
+def words(root: Path) -> str:
     """Of `words`: what 100 steps of each norm would teach, by pass rate, in each run and over all;
     the share of groups whose rewards are all equal, and the ratio of std's length to none's."""
     rows: dict[str, dict[str, Any]] = {}
-    for folder in sorted((runs / "words").glob("*/")):
+    for folder in sorted((root / "words").glob("*/")):
         made = whole_runs(folder)
         each = {f"seed {run.config['seed']}": [run] for run in made}
         if len(made) > 1:
@@ -242,9 +243,9 @@ def words(runs: Path) -> str:
     return analyze.markdown(rows)
 
 
-def levels(runs: Path) -> str:
+def levels(root: Path) -> str:
     """Of `letters`: the whole report of analyze.py on std and none."""
-    made = whole_runs(runs / "letters" / "default")
+    made = whole_runs(root / "letters" / "default")
     pairs = analyze.tabulate([run for run in made if run.config["norm"] in NORMS[:2]])
     ((title, chosen),) = analyze.arrange(pairs).items()
     return analyze.describe(title, analyze.compare(chosen, None)[0])
@@ -261,12 +262,12 @@ def early_geometry(runs: list[analyze.Run]) -> dict[str, list[float]]:
     return {name: analyze.mean_interval(each) for name, each in values.items()}
 
 
-def table(runs: Path) -> str:
+def table(root: Path) -> str:
     """A line for every comparison and norm, with mean pass rates and gaps (points) of all steps; of
     `rates`, mean pass rates over steps and seeds by learning rate."""
     rows: dict[str, dict[str, Any]] = {}
     rates: dict[str, dict[str, Any]] = {}
-    for folder in sorted({path.parents[1] for path in runs.glob("*/*/*/model")}):
+    for folder in sorted({path.parents[1] for path in root.glob("*/*/*/model")}):
         name, whole = f"{folder.parent.name} {folder.name}", analyze.tabulate(whole_runs(folder))
         if folder.parent.name == "rates":
             for (norm, lr), mean in whole.groupby(["norm", "lr"])["rate"].mean().items():
@@ -290,12 +291,12 @@ def table(runs: Path) -> str:
     return f"{analyze.markdown(rows)}\n\n{analyze.markdown(rates)}"
 
 
-def embedded(runs: Path) -> str:
+def embedded(root: Path) -> str:
     """Of `letters` and `arith` each norm's gap to none, in points, by parts of the run (steps 70 to
     100 were chosen on other seeds), what std has over batch, and mean held-out pass rates."""
     gaps, held = defaultdict[str, dict[str, Any]](dict), defaultdict[str, dict[str, Any]](dict)
     for name in ("letters", "arith"):
-        logs = pd.concat([run.log for run in whole_runs(runs / name / "default")])
+        logs = pd.concat([run.log for run in whole_runs(root / name / "default")])
         rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
         norms = [norm for norm in rates.columns.unique(0) if norm != "none"]
         lead = {norm: 100 * (rates[norm] - rates["none"]) for norm in norms}
@@ -311,7 +312,7 @@ def embedded(runs: Path) -> str:
     return f"{analyze.markdown(gaps)}\n\n{analyze.markdown(held)}"
 
 
-def fresh(runs: Path) -> str:
+def fresh(root: Path) -> str:
     """The mean gap of std over none, in points, and the phases in ten pairs of runs of `letters`,
     seeds 20 to 29, whose series are kept in results/."""
     text = (HERE / "results" / "letters-gaps-20-29.json").read_text(encoding="utf-8")
@@ -325,10 +326,10 @@ def fresh(runs: Path) -> str:
     return f"{analyze.markdown({'letters, seeds 20 to 29': row})}\n\n{phases['reason']}"
 
 
-def picture(runs: Path) -> tuple[str, Figure]:
-    """OUT/lead.png: of `letters` the pass rates of std and none, and the lead of std by difficulty,
+def picture(root: Path) -> tuple[str, Figure]:
+    """Of `letters` the pass rates of std and none, and the lead of std by difficulty,
     means of ten steps with 95% intervals over seeds."""
-    runs = [run for run in whole_runs(runs / "letters/default") if run.config["norm"] in NORMS[:2]]
+    runs = [run for run in whole_runs(root / "letters/default") if run.config["norm"] in NORMS[:2]]
     found, lines = analyze.compare(runs, None)
     rates, lead, by_level, *_ = lines.values()
     hardest, middle, easiest = (by_level[name] for name in by_level.columns.unique(0))
@@ -353,20 +354,20 @@ def picture(runs: Path) -> tuple[str, Figure]:
     right.axhline(0, color="black", linewidth=1)
     phases = found["phases"]
     edges = [0, *phases["boundaries"], found["last_step"]] if phases["found"] else []
-    for a, b, name in zip(edges, edges[1:], ("alike", "opens", "closes")):
+    for a, b, name in zip(edges, edges[1:], ("alike on average", "opens", "closes")):
         right.axvspan(a, b, color="grey", alpha=0.15 * (name == "opens"), linewidth=0)
         above = dict(transform=right.get_xaxis_transform(), ha="center", va="top")
-        right.text((a + b) / 2, 0.98, name, fontsize=15, style="italic", **above)
+        if b - a > 4 * len(name):  # steps: else there is no room for it
+            right.text((a + b) / 2, 0.98, name, fontsize=15, style="italic", **above)
     left.set_title("Pass rate in training (%)", fontsize=18)
     right.set_title("Lead of GRPO (percentage points)", fontsize=18)
     for axis in (left, right):
         axis.set_xlabel("training step", fontsize=15)
         axis.tick_params(labelsize=14)
-    figure.savefig(runs / "lead.png", dpi=100)
-    return f"{len(lead['std'].columns)} pairs of runs: {phases['reason']}"
+    return f"{len(lead['std'].columns)} pairs of runs: {phases['reason']}", figure
 
 
-def condition(runs: Path) -> tuple[str, Figure]:
+def condition(root: Path) -> tuple[str, Figure]:
     """Gap and geometry by how much of the skill all prompts share, from `letters`, `overlap` and
     `arith`; a picture. The largest gap is the mean of the 30 consecutive steps where the mean
     over pairs is largest, so noise alone would make it positive. The geometry is that of std."""
@@ -378,7 +379,7 @@ def condition(runs: Path) -> tuple[str, Figure]:
     colors = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#000000"]
     curves.set_prop_cycle(color=colors, linestyle=["-", "--", "-.", ":", "-"])
     for name, study in studies.items():
-        runs = [run for run in whole_runs(runs / study) if run.config["norm"] in ("std", "none")]
+        runs = [run for run in whole_runs(root / study) if run.config["norm"] in ("std", "none")]
         logs = pd.concat([run.log for run in runs])
         rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
         gaps = 100 * (rates["std"] - rates["none"]).dropna()  # points, a column a pair
@@ -403,8 +404,7 @@ def condition(runs: Path) -> tuple[str, Figure]:
         axis.set(title=key, xlabel="digits shared", xlim=(-0.5, 4.5))
         axis.set_xticks(range(len(rows)), [label.split()[0] for label in rows])
         axis.axhline(axis is axes[2], color="grey", linewidth=0.5)  # no gap; orthogonal
-    figure.savefig(runs / "condition.png", dpi=120)
-    return analyze.markdown(rows)
+    return analyze.markdown(rows), figure
 
 
 def welch(groups: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
@@ -431,14 +431,14 @@ def task_gaps(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(gaps)
 
 
-def contrast(runs: Path) -> str:
+def contrast(root: Path) -> str:
     """Of `drawn`: the gap over all steps by cell, and how much larger it is where skills are
     separate and unequal than in the mean of the other cells: of std, of batch, which has a common
     rate alone, and of std less batch. Intervals are over tasks."""
     rows: dict[str, dict[str, Any]] = {}
     gaps = {}
     for cell in CELLS:
-        folders = sorted({path.parents[1] for path in (runs / "drawn" / cell).glob("*/*/model")})
+        folders = sorted({path.parents[1] for path in (root / "drawn" / cell).glob("*/*/model")})
         gaps[cell] = [task_gaps(folder) for folder in folders]
     for name in ("std", "batch", "std less batch"):
         for cell, tasks in gaps.items():
@@ -481,11 +481,11 @@ def in_window(
     return found
 
 
-def carried(runs: Path) -> str:
+def carried(root: Path) -> str:
     """Of `pretrained`: a row a task, intervals over seeds; in the window of letters, std over batch
     and batch over none; by how much the gaps of letters are larger than the control's, in their own
     windows and where both stop with the control."""
-    made = {folder.name: whole_runs(folder) for folder in sorted((runs / "pretrained").glob("*/"))}
+    made = {folder.name: whole_runs(folder) for folder in sorted((root / "pretrained").glob("*/"))}
     batch = made.pop("letters-batch", [])
     found = {name: in_window(runs) for name, runs in made.items() if runs}
     letters, control = ([name for name in found if f"{n}-of-3" in name] for n in (0, 3))
@@ -507,10 +507,10 @@ def carried(runs: Path) -> str:
     return analyze.markdown(rows)
 
 
-def thirds(runs: Path) -> str:
+def thirds(root: Path) -> str:
     """Of `model`, by thirds of the run, intervals over seeds: pass rates, the gap in points, and
     the share of prompts whose completions were all rewarded alike."""
-    folders = [path.parent for path in sorted((runs / "model").glob("*/*/config.json"))]
+    folders = [path.parent for path in sorted((root / "model").glob("*/*/config.json"))]
     tables = ((run.log, run.prompts) for run in map(analyze.read_run, folders))
     log, prompts = map(pd.concat, zip(*tables))
     prompts["alike"], width = prompts["reward_std"] == 0, (prompts["step"].max() + 1) // 3
@@ -562,7 +562,7 @@ def exact_steps(
     return steps
 
 
-def exact(runs: Path) -> str:
+def exact(root: Path) -> str:
     """Speed-up of std over none for known gradients: median, least and largest of 8 starts. Each
     norm takes the steps that the curvature bound allows it: eta / sigma, or 2 eta for all prompts,
     as sigma is at most 1/2."""

@@ -1,5 +1,7 @@
-"""Tests of make_tasks.py, warm_start.py, neighbours.py, experiment.py and tables.py. `GRPO_SLOW=1 pytest` runs
-them: nobody changes these in passing, and quick tests are for grpo.py and analyze.py."""
+"""Tests of make_tasks.py, warm_start.py, neighbours.py, experiment.py and tables.py.
+
+`GRPO_SLOW=1 pytest` runs them: nobody changes these in passing, and quick tests are for grpo.py and
+analyze.py."""
 
 import itertools
 import json

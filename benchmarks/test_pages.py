@@ -21,8 +21,12 @@ import grpo  # noqa: E402
 
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 
-PAGES = ["README.md", "benchmarks/README.md", "grpo.py", "benchmarks/experiment.py"]
-PAGES += [f"benchmarks/{name}.py" for name in ("make_tasks", "warm_start", "vs_trl", "neighbours")]
+PAGES = ["README.md", "benchmarks/README.md", "benchmarks/reference.md", "grpo.py"]
+PAGES += ["benchmarks/neighbours.py"]
+PAGES += [
+    f"benchmarks/{name}.py"
+    for name in ("experiment", "tables", "make_tasks", "warm_start", "vs_trl")
+]
 COMMAND = re.compile(
     r"(?:python|torchrun --nproc_per_node 2) ((?:benchmarks/)?\w+\.py)([^\n;&|#`]*)"
 )
@@ -58,7 +62,7 @@ def test_every_command_line_is_one(script, arguments, monkeypatch):
     assert not ended.value.args or ended.value.args == (0,)  # --help
 
 
-@pytest.mark.parametrize("page", PAGES[:2])
+@pytest.mark.parametrize("page", PAGES[:3])
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\((?!http)(.*?)\)", (ROOT / page).read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
