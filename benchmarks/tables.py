@@ -109,42 +109,44 @@ def foretold(root: Path) -> str:
     return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
 
 
-def advance(runs: list[analyze.Run], by_clocks: bool, stop: int) -> pd.DataFrame:
+KINDS = "progress", "1 / σ", "groups"
+
+
+def advance(runs: list[analyze.Run], kind: str, stop: int) -> pd.DataFrame:
     """What each level should be ahead by under std at every step before `stop`, in points, by each
-    run of none: [(seed, level), steps]. From progress, or `by_clocks`: as if levels had separate
-    weights and no optimizer scaled them, so that each level's learning goes on as it does, at a
-    speed multiplied by std's scale of its gradients over none's, steps being as long."""
+    run of none: [(seed, level), steps].
+
+    kind: "progress"; or by clocks, as if levels had separate weights and no optimizer scaled them:
+    each level learns as it did, at a speed multiplied by std's scale of its gradients, steps being
+    as long. The scale is 1 / mean σ ("1 / σ"), or what it is on average in groups of the run's size
+    ("groups"), where a prompt that is rarely solved has mostly no σ at all.
+    """
     ahead = {}
     for run in runs:
-        seed = run.config["seed"]
         curves = 100 * analyze.smooth_rates(run.prompts, ["level"]).loc[:, : stop - 1]
-        if by_clocks:
-            speed = scales(curves / 100, run.config["group"])
-            squares = run.prompts[run.prompts["step"].between(analyze.FIRST, stop - 1)]
-            weights = squares.groupby(["level", "step"])["grad_sq_signal"].sum().unstack()
-            weights = weights.mean(axis=1)  # of a step's squared gradient without noise
-            mean = (speed**2).loc[:, analyze.FIRST :].mean(axis=1)
-            speed = speed / math.sqrt((mean * weights).sum() / weights.sum())
-            gains = (speed - 1) * curves.diff(axis=1).shift(-1, axis=1).fillna(0)
-        else:
+        window = run.prompts[run.prompts["step"].between(analyze.FIRST, stop - 1)]
+        if kind == "progress":
             kappa = analyze.same_length(run.log[run.log["step"].between(analyze.FIRST, stop - 1)])
             halves = run.halves[run.halves["step"] < stop]
-            points = 100 * (
-                halves["progress_std"] * kappa["std"] - halves["progress_none"] * kappa["none"]
-            )
-            cells = points.groupby([halves["level"], halves["step"] // 10]).mean().unstack()
-            gains = cells[curves.columns // 10].set_axis(curves.columns, axis=1)
+            std, none = (halves[f"progress_{norm}"] * kappa[norm] for norm in ("std", "none"))
+            cells = (std - none).groupby([halves["level"], halves["step"] // 10]).mean().unstack()
+            gains = 100 * cells[curves.columns // 10].set_axis(curves.columns, axis=1)
+        else:
+            if kind == "groups":
+                rates, group = curves.to_numpy() / 100, run.config["group"]
+                ratio = family_scale(rates, group, "std") / family_scale(rates, group, "none")
+                speed = pd.DataFrame(ratio, curves.index, curves.columns)
+            else:
+                deviations = run.prompts.assign(pass_rate=run.prompts["reward_std"])
+                speed = 1 / analyze.smooth_rates(deviations, ["level"]).loc[:, : stop - 1]
+            squares = window.groupby("level")["grad_sq_signal"].sum()  # of none's gradients
+            mean = (speed**2).loc[:, analyze.FIRST :].mean(axis=1)
+            length = math.sqrt((mean * squares).sum() / squares.sum())
+            gains = (speed / length - 1) * curves.diff(axis=1).shift(-1, axis=1).fillna(0)
         gains.loc[:, : analyze.FIRST - 1] = 0
         for level, row in gains.cumsum(axis=1).shift(1, axis=1).fillna(0).iterrows():
-            ahead[seed, level] = row
+            ahead[run.config["seed"], level] = row
     return pd.DataFrame(ahead).T
-
-
-def scales(rates: pd.DataFrame, group: int) -> pd.DataFrame:
-    """By how much a norm of std makes the expected gradient of a prompt with these pass rates
-    longer than none does."""
-    ours, none = (family_scale(rates.to_numpy(), group, norm) for norm in ("std", "none"))
-    return pd.DataFrame(ours / none, rates.index, rates.columns)
 
 
 def reallocated(
@@ -160,9 +162,8 @@ def reallocated(
 
 
 def undone(root: Path) -> str:
-    """Letters, seeds 40 to 44, by optimizer: reallocation at equal overall pass rate as seen, as
-    foretold by progress in runs of none, and by the clocks of separate levels; and what was seen
-    as a share of either."""
+    """Letters, seeds 40 to 44, by optimizer: reallocation at equal overall pass rate as seen, and
+    as foretold by progress in runs of none and by clocks (see `advance`)."""
     folders = {"AdamW": "foretell/letters", "AdamW, one second moment": "undo/scalar"}
     folders |= {"SGD 0.025": "undo/sgd-0.025", "SGD 0.05": "undo/sgd-0.05"}
     rows: dict[str, dict[str, Any]] = {}
@@ -176,17 +177,16 @@ def undone(root: Path) -> str:
         curves = analyze.smooth_rates(pd.concat([run.prompts for run in none]), ["seed", "level"])
         curves = curves.loc[:, : stop - 1]
         found = {"seen": seen}
-        for kind, by_clocks in (("by progress", False), ("by clocks", True)):
-            both = {"none": curves, "std": curves + advance(none, by_clocks, stop) / 100}
+        for kind in KINDS:
+            both = {"none": curves, "std": curves + advance(none, kind, stop) / 100}
             long = pd.concat(both, names=["norm", "seed", "level"]).rename_axis(columns="step")
             long = long.stack().rename("pass_rate").reset_index()
-            found[kind] = reallocated(long, parts, stop)[1]
+            found[f"by {kind}"] = reallocated(long, parts, stop)[1]
         for part in [*parts][:2]:
             row = rows[f"{name}, {part}"] = {"to step": float(stop - 1)}
             row |= {kind: analyze.mean_interval(found[kind][part]) for kind in found}
-            for kind in ("by progress", "by clocks"):
-                ratios = np.divide(seen[part], found[kind][part])
-                row[f"seen / {kind}"] = analyze.mean_interval(ratios)
+            shares = np.divide(seen[part], found["by 1 / σ"][part])
+            row["seen / by 1 / σ"] = analyze.mean_interval(shares)
     return analyze.markdown(rows)
 
 

@@ -510,14 +510,14 @@ def test_what_a_level_should_be_ahead_by(tmp_path):
     progress = dict(a=(0.001, 0.002), b=(0.001, 0.001))
     write_progress(tmp_path / "none", "none", 0, rising, **progress)
     run = experiment.analyze.read_run(tmp_path / "none")
-    ahead = tables.advance([run], by_clocks=False, stop=50)
+    ahead = tables.advance([run], "progress", 50)
     assert ahead.loc[(0, "a"), [10, 20, 49]].tolist() == pytest.approx([0, 1, 3.9])
     assert ahead.loc[(0, "b")].abs().max() == 0
     run.config["group"] = 2
-    assert tables.advance([run], True, 50).abs().to_numpy().max() == pytest.approx(0, abs=1e-12)
+    assert tables.advance([run], "groups", 50).abs().to_numpy().max() == pytest.approx(0, abs=1e-12)
     run.config["group"] = 16
     run.prompts.loc[run.prompts["level"] == "b", "grad_sq_signal"] = 0.0
-    ahead = tables.advance([run], True, 50)
+    ahead = tables.advance([run], "groups", 50)
     assert ahead.loc[(0, "a")].abs().max() == pytest.approx(0, abs=1e-9)
     expected, slope = 0.0, 100 * 0.2 / 59
     for step in range(10, 40):
@@ -525,6 +525,8 @@ def test_what_a_level_should_be_ahead_by(tmp_path):
         of_b, of_a = tables.family_scale(rates, 16, "std")
         expected += (of_b / of_a - 1) * slope
     assert ahead.loc[(0, "b"), 40] == pytest.approx(expected, rel=1e-3)
+    # All deviations are 0.3 in these logs: no level is faster than another.
+    assert tables.advance([run], "1 / σ", 50).abs().to_numpy().max() == pytest.approx(0, abs=1e-9)
 
 
 def test_words_by_pass_rate(tmp_path):

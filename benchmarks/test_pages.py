@@ -22,11 +22,8 @@ import grpo  # noqa: E402
 slow = pytest.mark.skipif(not os.environ.get("GRPO_SLOW"), reason="slow: set GRPO_SLOW=1")
 
 PAGES = ["README.md", "benchmarks/README.md", "benchmarks/reference.md", "grpo.py"]
-PAGES += ["benchmarks/neighbours.py"]
-PAGES += [
-    f"benchmarks/{name}.py"
-    for name in ("experiment", "tables", "make_tasks", "warm_start", "vs_trl")
-]
+SCRIPTS = "experiment", "tables", "make_tasks", "warm_start", "vs_trl", "neighbours"
+PAGES += [f"benchmarks/{name}.py" for name in SCRIPTS]
 COMMAND = re.compile(
     r"(?:python|torchrun --nproc_per_node 2) ((?:benchmarks/)?\w+\.py)([^\n;&|#`]*)"
 )
