@@ -5,7 +5,7 @@
     python benchmarks/tables.py language        # both questions in a language model
     python benchmarks/tables.py words           # whom each norm would teach, on word problems
     python benchmarks/tables.py embedded        # of `letters` and `arith`: gaps, held-out rates
-    python benchmarks/tables.py levels          # of `letters`: the analysis, by difficulty
+    python benchmarks/tables.py levels          # of `letters` and `arith`: the reports in full
     python benchmarks/tables.py carried         # of `pretrained`: gate, gaps, contrast
     python benchmarks/tables.py thirds          # of `model`: gaps by thirds of the run
     python benchmarks/tables.py fresh           # gap in ten more pairs of `letters`
@@ -244,14 +244,17 @@ def words(root: Path) -> str:
 
 
 def levels(root: Path) -> str:
-    """Of `letters`: the whole report of analyze.py on std and none."""
-    made = whole_runs(root / "letters" / "default")
-    pairs = analyze.tabulate([run for run in made if run.config["norm"] in NORMS[:2]])
-    ((title, chosen),) = analyze.arrange(pairs).items()
-    return analyze.describe(title, analyze.compare(chosen, None)[0])
+    """The whole reports of analyze.py on std and none: of `letters`, and of `arith` in `foretell`,
+    which is shorter, on other seeds, and without curvature."""
+    reports = []
+    for folder in ("letters/default", "foretell/arith"):
+        made = [run for run in whole_runs(root / folder) if run.config["norm"] in NORMS[:2]]
+        for title, runs in analyze.arrange(analyze.tabulate(made)).items():
+            reports.append(analyze.describe(title, analyze.compare(runs, None)[0]))
+    return "".join(reports)
 
 
-# --------------------------------------------- Tables ---------------------------------------------
+# -------------------------------------- What each norm did ----------------------------------------
 
 
 def early_geometry(runs: list[analyze.Run]) -> dict[str, list[float]]:
@@ -295,7 +298,7 @@ def embedded(root: Path) -> str:
     """Of `letters` and `arith` each norm's gap to none, in points, by parts of the run (steps 70 to
     100 were chosen on other seeds), what std has over batch, and mean held-out pass rates."""
     gaps, held = defaultdict[str, dict[str, Any]](dict), defaultdict[str, dict[str, Any]](dict)
-    for name in ("letters", "arith"):
+    for name in [name for name in ("letters", "arith") if (root / name).exists()]:
         logs = pd.concat([run.log for run in whole_runs(root / name / "default")])
         rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
         norms = [norm for norm in rates.columns.unique(0) if norm != "none"]
@@ -590,8 +593,8 @@ PACKED: dict[str, tuple[str, ...]] = {
     "undone": ("foretell", "undo"),
     "language": ("pretrained", "ahead"),
     "words": ("words",),
-    "embedded": ("letters", "arith"),
-    "levels": ("letters",),
+    "embedded": ("letters",),
+    "levels": ("letters", "foretell"),
     "picture": ("letters",),
     "carried": ("pretrained",),
     "thirds": ("model",),
