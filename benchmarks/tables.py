@@ -167,6 +167,7 @@ def undone(root: Path) -> str:
     folders = {"AdamW": "foretell/letters", "AdamW, one second moment": "undo/scalar"}
     folders |= {"SGD 0.025": "undo/sgd-0.025", "SGD 0.05": "undo/sgd-0.05"}
     rows: dict[str, dict[str, Any]] = {}
+    shares_of = defaultdict[tuple[str, str], list[np.ndarray]](list)
     for name, folder in folders.items():
         made = [run for run in whole_runs(root / folder) if run.config["seed"] < 45]
         made = [run for run in made if run.config["norm"] in NORMS[:2]]
@@ -175,18 +176,31 @@ def undone(root: Path) -> str:
         parts = analyze.cut_levels(prompts)
         stop, seen = reallocated(prompts, parts)
         curves = analyze.smooth_rates(pd.concat([run.prompts for run in none]), ["seed", "level"])
-        curves = curves.loc[:, : stop - 1]
+        # Plain SGD's steps are longer under std: what it passed through took none until `until`.
+        overall = analyze.smooth_rates(prompts, ["norm", "seed", "level"])
+        overall = overall.groupby(["norm", "seed"]).mean().cummax(axis=1)
+        reached = [
+            np.interp(overall.loc["std", seed][stop - 1], row, row.index)
+            for seed, row in overall.loc["none"].iterrows()
+        ]
+        until = 1 + round(float(np.mean(reached)))
+        curves = curves.loc[:, : until - 1]
         found = {"seen": seen}
         for kind in KINDS:
-            both = {"none": curves, "std": curves + advance(none, kind, stop) / 100}
+            both = {"none": curves, "std": curves + advance(none, kind, until) / 100}
             long = pd.concat(both, names=["norm", "seed", "level"]).rename_axis(columns="step")
             long = long.stack().rename("pass_rate").reset_index()
-            found[f"by {kind}"] = reallocated(long, parts, stop)[1]
+            found[f"by {kind}"] = reallocated(long, parts, until)[1]
         for part in [*parts][:2]:
-            row = rows[f"{name}, {part}"] = {"to step": float(stop - 1)}
+            row = rows[f"{name}, {part}"] = {"to step": stop - 1.0, "of none": until - 1.0}
             row |= {kind: analyze.mean_interval(found[kind][part]) for kind in found}
-            shares = np.divide(seen[part], found["by 1 / σ"][part])
-            row["seen / by 1 / σ"] = analyze.mean_interval(shares)
+            for kind in ("1 / σ", "groups"):
+                shares = np.divide(seen[part], found[f"by {kind}"][part])
+                row[f"seen / by {kind}"] = analyze.mean_interval(shares)
+                shares_of[part.split(":")[0], kind].append(shares)
+    for (part, kind), (adam, scalar, *_) in shares_of.items():
+        row = rows.setdefault(f"one second moment less AdamW, {part}", {})
+        row[f"seen / by {kind}"] = analyze.mean_interval(scalar - adam)
     return analyze.markdown(rows)
 
 
