@@ -352,7 +352,9 @@ def pack(folder: Path) -> None:
         for model in sorted(folder.glob("*/*/model")):
             for name in ("config.json", "metrics.jsonl", "prompts.jsonl"):
                 text = (model.parent / name).read_text(encoding="utf-8")
-                if name != "config.json":
+                if name == "config.json":  # as if made in the default place
+                    text = text.replace(f"{folder.parent}/", "runs/experiment/")
+                else:
                     text = "".join(f"{thinned(line)}\n" for line in text.splitlines())
                 entry = tarfile.TarInfo(f"{(model.parent / name).relative_to(folder.parent)}")
                 entry.size = len(text.encode())

@@ -617,9 +617,9 @@ PACKED: dict[str, tuple[str, ...]] = {
 }
 
 
-def unpack(table: str, folder: Path) -> None:
-    """Put a table's packed logs into a folder, as experiment.py would leave them."""
-    for study in PACKED[table]:
+def unpack(studies: Sequence[str], folder: Path) -> None:
+    """Put packed logs of studies into a folder, as experiment.py would leave them."""
+    for study in studies:
         with tarfile.open(HERE / "results" / f"{study}.tar.xz") as archive:
             archive.extractall(folder, filter="data")
 
@@ -635,7 +635,7 @@ def main() -> None:
         parser.error(f"{given.table} has no packed logs: make its runs, and name them by --runs")
     with tempfile.TemporaryDirectory() as folder:
         if given.runs is None:
-            unpack(given.table, Path(folder))
+            unpack(PACKED[given.table], Path(folder))
         try:
             found = TABLES[given.table](given.runs or Path(folder))
         except (KeyError, ValueError, StopIteration):

@@ -353,24 +353,31 @@ def test_fresh_is_the_mean_gap_of_the_stored_pairs():
     assert expected in tables.fresh(Path())
 
 
-def test_run_takes_the_archived_runs_as_made(tmp_path, monkeypatch):
-    """An earlier grpo.py made them: its config.json has other settings of what is measured."""
+@pytest.mark.parametrize("study", ["pretrained", "ahead", "foretell", "undo", "letters", "words"])
+def test_run_takes_the_packed_runs_as_made(study, tmp_path, monkeypatch):
+    """Those of `pretrained` are an earlier grpo.py's, with other settings of what is measured."""
     monkeypatch.chdir(tmp_path)
-    with tarfile.open(ROOT / "benchmarks" / "results" / "pretrained.tar.xz") as archive:
-        archive.extractall("runs/experiment", filter="data")
-    monkeypatch.setattr(
-        experiment,
-        "pretrained_start",
-        lambda given, shared: given.out / "tasks" / f"SmolLM2-135M-Instruct-{shared}-of-3",
+    tables.unpack([study], Path("runs/experiment"))
+
+    def started(given, shared):
+        return given.out / "tasks" / f"SmolLM2-135M-Instruct-{shared}-of-3"
+
+    monkeypatch.setattr(experiment, "pretrained_start", started)
+    monkeypatch.setattr(experiment, "warm_start", lambda *arguments: None)
+    seeds = {"pretrained": range(10), "ahead": range(3), "words": [0]}.get(study)
+    problems = tmp_path / "svamp.jsonl"
+    problems.write_text("")
+    model = Path("models/Qwen2.5-Coder-0.5B-Instruct")
+    given = SimpleNamespace(
+        out=Path("runs/experiment"), seeds=seeds, model=model, svamp=problems, gsm8k=None
     )
-    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10))
-    plan = dict(experiment.pretrained(given))
+    plan = dict(getattr(experiment, study)(given))
     for path, flags in plan.items():
-        path = given.out / "pretrained" / path
+        path = given.out / study / path
         assert experiment.run(path, flags, 1) == f"{path}: there already"
+    assert len(plan) == len([*given.out.glob(f"{study}/*/*/model")])
     changed = experiment.run(path, flags | dict(lr=1e-3, chat=True), 1)
-    assert changed == f"{path}: there already, but made with another lr, chat: remove it"
-    assert len(plan) == len([*given.out.glob("pretrained/*/*/model")]) == 56
+    assert changed.startswith(f"{path}: there already, but made with another lr")
 
 
 def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
