@@ -4,6 +4,7 @@
     python benchmarks/tables.py undone          # what takes back a part of it: AdamW's scaling?
     python benchmarks/tables.py language        # both questions in a language model
     python benchmarks/tables.py words           # whom each norm would teach, on word problems
+    python benchmarks/tables.py findings        # the README's table of gaps
     python benchmarks/tables.py embedded        # of `letters` and `arith`: gaps, held-out rates
     python benchmarks/tables.py levels          # of `letters` and `arith`: the reports in full
     python benchmarks/tables.py carried         # of `pretrained`: gate, gaps, contrast
@@ -524,6 +525,18 @@ def carried(root: Path) -> str:
     return analyze.markdown(rows)
 
 
+def findings(root: Path) -> str:
+    """The README's table, but for drawn tasks and word problems: gaps of std, in points, over all
+    steps, in the language model up to a pass rate of 0.95; and held out at the end."""
+    rows: dict[str, dict[str, Any]] = {}
+    ends = {"letters/default": 249, "foretell/arith": 119, "pretrained/*-0-of-3": None}
+    for name, end in ends.items():
+        (folder,) = root.glob(name)
+        runs = [run for run in whole_runs(folder) if run.config["norm"] in NORMS[:2]]
+        rows[name] = {k: analyze.mean_interval(x) for k, x in in_window(runs, end).items()}
+    return analyze.markdown(rows)
+
+
 def thirds(root: Path) -> str:
     """Of `model`, by thirds of the run, intervals over seeds: pass rates, the gap in points, and
     the share of prompts whose completions were all rewarded alike."""
@@ -594,12 +607,11 @@ def exact(root: Path) -> str:
     return analyze.markdown(rows)
 
 
+NEW = (foretold, undone, language, words)
+OLD = (findings, levels, embedded, picture, carried, thirds, fresh, exact)
+UNPACKED = (table, condition, contrast)
 TABLES: dict[str, Callable[[Path], Any]] = {
-    table.__name__: table
-    for table in (
-        *(foretold, undone, language, words, embedded, levels, carried, thirds, fresh, picture),
-        *(exact, table, condition, contrast),
-    )
+    function.__name__: function for function in NEW + OLD + UNPACKED
 }
 # The studies in results/ that a table reads; those without an entry have no packed logs.
 PACKED: dict[str, tuple[str, ...]] = {
@@ -609,6 +621,7 @@ PACKED: dict[str, tuple[str, ...]] = {
     "words": ("words",),
     "embedded": ("letters",),
     "levels": ("letters", "foretell"),
+    "findings": ("letters", "foretell", "pretrained"),
     "picture": ("letters",),
     "carried": ("pretrained",),
     "thirds": ("model",),
