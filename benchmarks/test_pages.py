@@ -90,14 +90,12 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_byte_model(tmp_path / "model")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    train, load, copy = re.findall(r"```python\n(.*?)```", text, re.S)
+    train, copy = re.findall(r"```python\n(.*?)```", text, re.S)
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert name in train and "steps=100" in train
     exec(train.replace(name, f"{tmp_path}/model").replace("steps=100", "steps=2"), {})
     assert len((tmp_path / "runs/twice/metrics.jsonl").read_text().splitlines()) == 3
     capsys.readouterr()
-    exec(load, {})
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:]] == ["0", "1", "2"]
     exec(copy, {})
     # Deviations sqrt(3)/4 and 1/2: 3/4 and 1/2 divided by them.
     values = [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)]
