@@ -65,7 +65,8 @@ class ScalarAdamW(torch.optim.Optimizer):
 
     def root(self, state: dict[str, Any]) -> Tensor:
         """The root of the second moment, free of its bias."""
-        return (state["square"] / (1 - self.param_groups[0]["betas"][1] ** state["step"])).sqrt()
+        slow = self.param_groups[0]["betas"][1]
+        return (state["square"] / (1 - slow ** float(state["step"]))).sqrt()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -82,7 +83,7 @@ class ScalarAdamW(torch.optim.Optimizer):
             state["step"] += 1
             state["mean"].lerp_(p.grad, 1 - fast)
             state["square"].lerp_(square, 1 - slow)
-            mean = state["mean"] / (1 - fast ** state["step"])
+            mean = state["mean"] / (1 - fast ** float(state["step"]))
             p.sub_(settings["lr"] * mean / (self.root(state) + settings["eps"]))
 
 

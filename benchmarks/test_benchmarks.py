@@ -10,7 +10,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -267,6 +266,31 @@ def test_normalized_sgd_steps_one_length_along_the_mean_of_gradients_and_not_at_
         assert (x.item(), y.item()) == pytest.approx(expected, abs=1e-6)
 
 
+def test_scalar_adamw_is_torchs_where_all_squares_are_alike_and_turns_no_gradient():
+    """Squares alike: both have one second moment. Else the step is along the mean gradient, and
+    the measurement's metric is 1 / its root, as the optimizer's."""
+    start = [torch.zeros(2), torch.zeros(1)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    optimizer = neighbours.ScalarAdamW(ours, lr=0.1)
+    torchs = torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.0)
+    assert neighbours.scalar_diagonal(optimizer, ours) is None
+    for scale in (1.0, 3.0, -2.0):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.full_like(a, scale)
+            b.grad = torch.full_like(b, scale)
+        optimizer.step()
+        torchs.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+    x, y = torch.zeros(1), torch.zeros(1)
+    optimizer = neighbours.ScalarAdamW([x, y], lr=0.1)
+    x.grad, y.grad = torch.tensor([3.0]), torch.tensor([4.0])
+    optimizer.step()  # the mean square is 12.5
+    assert (x.item(), y.item()) == pytest.approx((-0.3 / 12.5**0.5, -0.4 / 12.5**0.5))
+    diagonal = neighbours.scalar_diagonal(optimizer, [x, y])
+    assert [d.item() for d in diagonal] == pytest.approx([12.5**-0.5] * 2)
+
+
 def test_vespo_weighs_each_sequence_by_its_ratio():
     logprobs = torch.tensor([[-1.0, -2.0], [-1.0, 0.0], [-9.0, -9.0]], requires_grad=True)
     shift = torch.tensor([[0.0, math.log(2)], [math.log(2), 0.0], [0.0, 100.0]])  # W = 2, 2, e^100
@@ -312,7 +336,7 @@ def test_neighbours_measure_the_same_policy_gradient(monkeypatch):
     torch.testing.assert_close(again, columns, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2"])
+@pytest.mark.parametrize("method", ["vl-norm", "nsgd --lr 0.1", "vespo --epochs 2", "scalar"])
 def test_neighbours_trains_by_each_method(method, tmp_path):
     flags = f"--eval-problems 3 --out {tmp_path}/run --prompts 4 --group 4 --steps 8"
     command = [sys.executable, neighbours.__file__, *method.split(), *flags.split()]
@@ -364,20 +388,19 @@ def test_run_takes_the_packed_runs_as_made(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "pretrained_start", started)
     monkeypatch.setattr(experiment, "warm_start", lambda *arguments: None)
-    seeds = {"pretrained": range(10), "ahead": range(3), "words": [0]}.get(study)
-    problems = tmp_path / "svamp.jsonl"
-    problems.write_text("")
-    model = Path("models/Qwen2.5-Coder-0.5B-Instruct")
-    given = SimpleNamespace(
-        out=Path("runs/experiment"), seeds=seeds, model=model, svamp=problems, gsm8k=None
-    )
+    (tmp_path / "none.jsonl").write_text("")
+    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10), gsm8k=None)
+    given.svamp, given.model = Path("none.jsonl"), "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     plan = dict(getattr(experiment, study)(given))
-    for path, flags in plan.items():
-        path = given.out / study / path
+    made = [path.parent for path in given.out.glob(f"{study}/*/*/model")]
+    for path in made:
+        flags = plan[f"{path.relative_to(given.out / study)}"]
         assert experiment.run(path, flags, 1) == f"{path}: there already"
-    assert len(plan) == len([*given.out.glob(f"{study}/*/*/model")])
-    changed = experiment.run(path, flags | dict(lr=1e-3, chat=True), 1)
-    assert changed.startswith(f"{path}: there already, but made with another lr")
+        changed = experiment.run(path, flags | dict(lr=0.5, chat=None), 1)
+        assert changed == f"{path}: there already, but made with another lr, chat: remove it"
+    assert (
+        len(made) == dict(pretrained=56, ahead=3, foretell=60, undo=30, letters=35, words=1)[study]
+    )
 
 
 def test_the_tables_of_runs_whose_gaps_are_known(tmp_path):
