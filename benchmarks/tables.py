@@ -55,11 +55,10 @@ def by_level(runs: list[analyze.Run]) -> dict[str, list[str]]:
 
 def beside_gap(
     foretelling: list[analyze.Run], pairs: list[analyze.Run], norm: str, step: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Any]], float]:
     """By level, in points: the lead over none that `norm` should have at `step`, foretold by runs
-    without the division (mean progress of norm less none at one length, times the steps), and the
-    lead that pairs of runs had there. And in one row: letters whose lead's interval excludes 0, how
-    many of these have the foretold sign, and the slope of the leads on what was foretold."""
+    without the division (mean progress of norm less none from step FIRST on, at one length, times
+    `step`), and the lead that pairs of runs had there; and the slope of these on those."""
     parts = by_level(pairs)
     table = analyze.foretell(foretelling, parts, step)["rows"]
     curves = 100 * analyze.smooth_rates(
@@ -67,27 +66,24 @@ def beside_gap(
     )
     leads = (curves.loc[norm][step] - curves.loc["none"][step]).dropna().unstack("level")
     rows: dict[str, dict[str, Any]] = {}
-    signs = []
-    both = []
     for name, (level,) in parts.items():
-        points = (table[name][norm][0] - table[name]["none"][0]) * step / 100
+        ours, none = (table[name][key][0] for key in (norm, "none"))
         seen = analyze.mean_interval(leads[level])
-        rows[name] = {"foretold": points, "seen": seen, "of none's progress": math.nan}
-        rows[name]["of none's progress"] = table[name][norm][0] / table[name]["none"][0] - 1
-        if seen[1] > 0 or seen[2] < 0:
-            signs.append(points * seen[0] > 0)
-        both.append((points, seen[0]))
-    x, y = np.transpose(both)
-    slope = float(np.polyfit(x, y, 1)[0])
-    return rows, {"leads told from 0": len(signs), "sign foretold": sum(signs), "slope": slope}
+        rows[name] = {"foretold": (ours - none) * step / 100, "seen": seen}
+        rows[name]["of none's progress"] = ours / none - 1
+    x, y = zip(*((row["foretold"], row["seen"][0]) for row in rows.values()))
+    return rows, float(np.polyfit(x, y, 1)[0])
 
 
 def foretold(root: Path) -> str:
     """Of `foretell`: how progress goes with what is learnt, by the norm that trained; what runs
-    without the division foretell of the others, beside what happened."""
+    without the division foretell of the others, beside what happened, and beside what σ alone does:
+    a level gains if its σ in the first ten steps is below the levels' mean."""
     agreement: dict[str, dict[str, Any]] = {}
     summary: dict[str, dict[str, Any]] = {}
     leads: dict[str, dict[str, Any]] = {}
+    counts = np.zeros(3, int)  # leads told from 0; the sign foretold; by σ alone
+    of_one = defaultdict[int, int](int)  # seed: signs that this run of none foretold
     for task in ("letters", "arith"):
         made = whole_runs(root / "foretell" / task)
         for norm in NORMS:
@@ -99,15 +95,39 @@ def foretold(root: Path) -> str:
                 row[f"{key}, one run"] = analyze.mean_interval(one[key] for one in found)
                 row[f"{key}, means of all"] = pooled[key]
         none = [run for run in made if run.config["norm"] == "none"]
+        early = pd.concat([run.prompts for run in none]).query("step < 10")
+        deviations = early.groupby("level")["reward_std"].mean()
+        small = {f"level {name}" for name in deviations.index[deviations < deviations.mean()]}
         for norm in NORMS[1:]:
-            for step in (20, 40, 60):
-                rows, counts = beside_gap(none, made, norm, step)
-                summary[f"{task}, {norm} less none at step {step}"] = counts
-                for level, row in rows.items():
-                    leads[f"{task}, {norm}, step {step}, {level}"] = row
+            for step in (20, 40, 60, 80, 100):
+                rows, slope = beside_gap(none, made, norm, step)
+                told = [name for name, row in rows.items() if row["seen"][1] * row["seen"][2] > 0]
+                right = [name for name in told if same_sign(rows[name])]
+                by_sigma = [name for name in told if (name in small) == (rows[name]["seen"][0] > 0)]
+                numbers = [len(told), len(right), len(by_sigma)]
+                names = "leads told from 0", "sign foretold", "sign by σ alone"
+                title = f"{task}, {norm} less none at step {step}"
+                summary[title] = dict(zip(names, numbers)) | {"slope": slope}
+                leads |= {f"{task}, {norm}, step {step}, {name}": row for name, row in rows.items()}
+                if step <= 60:
+                    counts += numbers
+                    for run in none:
+                        alone, _ = beside_gap([run], made, norm, step)
+                        of_one[run.config["seed"]] += sum(same_sign(alone[name]) for name in told)
+    summary["all to step 60"] = dict(zip(names, counts.tolist()))
+    single = [min(of_one.values()), float(np.mean([*of_one.values()])), max(of_one.values())]
     titles = "Progress and what was learnt", "Foretold and seen, in short", "By level, in points"
     tables = map(analyze.markdown, (agreement, summary, leads))
-    return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
+    text = "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
+    least, mean, most = map(analyze.show, single)
+    return (
+        f"{text}\n\nSigns that one run of none foretells, to step 60: {mean} ({least} to {most})."
+    )
+
+
+def same_sign(row: dict[str, Any]) -> bool:
+    """Whether a lead was foretold with its sign."""
+    return bool(row["foretold"] * row["seen"][0] > 0)
 
 
 KINDS = "progress", "1 / σ", "groups"
@@ -117,36 +137,47 @@ def advance(runs: list[analyze.Run], kind: str, stop: int) -> pd.DataFrame:
     """What each level should be ahead by under std at every step before `stop`, in points, by each
     run of none: [(seed, level), steps].
 
-    kind: "progress"; or by clocks, as if levels had separate weights and no optimizer scaled them:
-    each level learns as it did, at a speed multiplied by std's scale of its gradients, steps being
-    as long. The scale is 1 / mean σ ("1 / σ"), or what it is on average in groups of the run's size
-    ("groups"), where a prompt that is rarely solved has mostly no σ at all.
+    kind: "progress", summed along the run of none; or by clocks, as if levels had separate weights
+    and no optimizer scaled them: a level passes through what it did under none, at each point at
+    the speed of std's scale there over the scale's root mean square, weighted by squared gradients,
+    so that steps are as long. The scale is 1 / mean σ ("1 / σ"), or what it is on average in groups
+    of the run's size ("groups"), where a prompt that is rarely solved mostly has no σ at all.
     """
     ahead = {}
     for run in runs:
-        curves = 100 * analyze.smooth_rates(run.prompts, ["level"]).loc[:, : stop - 1]
-        window = run.prompts[run.prompts["step"].between(analyze.FIRST, stop - 1)]
+        whole = 100 * analyze.smooth_rates(run.prompts, ["level"])
+        steps = np.arange(whole.shape[1])
+        first = (
+            0 if run.config.get("optimizer") == "sgd" else analyze.FIRST
+        )  # Adam's moments are young
         if kind == "progress":
-            kappa = analyze.same_length(run.log[run.log["step"].between(analyze.FIRST, stop - 1)])
+            kappa = analyze.same_length(run.log[run.log["step"].between(first, stop - 1)])
             halves = run.halves[run.halves["step"] < stop]
             std, none = (halves[f"progress_{norm}"] * kappa[norm] for norm in ("std", "none"))
             cells = (std - none).groupby([halves["level"], halves["step"] // 10]).mean().unstack()
-            gains = 100 * cells[curves.columns // 10].set_axis(curves.columns, axis=1)
+            gains = 100 * cells[steps[:stop] // 10].to_numpy()  # [levels, stop]
+            gains[:, :first] = 0
+            leads = np.cumsum(gains, axis=1) - gains
+            for level, lead in zip(cells.index, leads):
+                ahead[run.config["seed"], level] = pd.Series(lead)
+            continue
+        if kind == "groups":
+            group = run.config["group"]
+            ratio = [family_scale(whole.to_numpy() / 100, group, norm) for norm in ("std", "none")]
+            speed = pd.DataFrame(ratio[0] / ratio[1], whole.index, whole.columns)
         else:
-            if kind == "groups":
-                rates, group = curves.to_numpy() / 100, run.config["group"]
-                ratio = family_scale(rates, group, "std") / family_scale(rates, group, "none")
-                speed = pd.DataFrame(ratio, curves.index, curves.columns)
-            else:
-                deviations = run.prompts.assign(pass_rate=run.prompts["reward_std"])
-                speed = 1 / analyze.smooth_rates(deviations, ["level"]).loc[:, : stop - 1]
-            squares = window.groupby("level")["grad_sq_signal"].sum()  # of none's gradients
-            mean = (speed**2).loc[:, analyze.FIRST :].mean(axis=1)
-            length = math.sqrt((mean * squares).sum() / squares.sum())
-            gains = (speed / length - 1) * curves.diff(axis=1).shift(-1, axis=1).fillna(0)
-        gains.loc[:, : analyze.FIRST - 1] = 0
-        for level, row in gains.cumsum(axis=1).shift(1, axis=1).fillna(0).iterrows():
-            ahead[run.config["seed"], level] = row
+            deviations = run.prompts.assign(pass_rate=run.prompts["reward_std"])
+            speed = 1 / analyze.smooth_rates(deviations, ["level"])
+        squares = run.prompts[run.prompts["step"].between(first, stop - 1)]
+        squares = squares.groupby(["level", "step"])["grad_sq_signal"].sum()  # of none's gradients
+        lengths = speed.stack().loc[squares.index] ** 2
+        speed = speed / math.sqrt((lengths * squares).sum() / squares.sum())
+        for level, curve in whole.iterrows():
+            clock = [0.0]
+            while len(clock) < stop:
+                clock.append(clock[-1] + np.interp(clock[-1], steps, speed.loc[level]))
+            lead = np.interp(clock, steps, curve) - curve.to_numpy()[:stop]
+            ahead[run.config["seed"], level] = pd.Series(lead)
     return pd.DataFrame(ahead).T
 
 
@@ -210,11 +241,10 @@ def language(root: Path) -> str:
     seen in ten pairs; and every comparison divided into a common speed-up and a reallocation."""
     made = {folder.name: whole_runs(folder) for folder in sorted((root / "pretrained").glob("*/"))}
     leads: dict[str, dict[str, Any]] = {}
-    summary: dict[str, dict[str, Any]] = {}
     for folder in sorted((root / "ahead").glob("*/")):
-        found = beside_gap(whole_runs(folder), made[folder.name], "std", 60)
-        summary[folder.name] = found[1]
-        leads |= {f"{folder.name}, {level}": row for level, row in found[0].items()}
+        rows, slope = beside_gap(whole_runs(folder), made[folder.name], "std", 60)
+        leads |= {f"{folder.name}, {level}": row for level, row in rows.items()}
+        leads[f"{folder.name}, slope over levels"] = {"seen": slope}
     letters = next(name for name in made if "0-of-3" in name)
     batch = made.pop("letters-batch")
     seeds = {run.config["seed"] for run in batch}
@@ -230,12 +260,8 @@ def language(root: Path) -> str:
         for part, row in table.items():
             values = dict(zip(("lead", "common speed-up", "reallocation"), row.values()))
             parted[f"{name}, {part}"] = {"to step": float(stop - 1)} | values
-    titles = (
-        "Lead of std at step 60, in points",
-        "In short",
-        "At equal overall pass rate, in points",
-    )
-    tables = map(analyze.markdown, (leads, summary, parted))
+    titles = "Lead of std at step 60, in points", "At equal overall pass rate, in points"
+    tables = map(analyze.markdown, (leads, parted))
     return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
 
 
@@ -259,10 +285,9 @@ def words(root: Path) -> str:
 
 
 def levels(root: Path) -> str:
-    """The whole reports of analyze.py on std and none: of `letters`, and of `arith` in `foretell`,
-    which is shorter, on other seeds, and without curvature."""
+    """The whole reports of analyze.py on std and none, of `letters` and of `arith`."""
     reports = []
-    for folder in ("letters/default", "foretell/arith"):
+    for folder in ("letters/default", "arith/default"):
         made = [run for run in whole_runs(root / folder) if run.config["norm"] in NORMS[:2]]
         for title, runs in analyze.arrange(analyze.tabulate(made)).items():
             reports.append(analyze.describe(title, analyze.compare(runs, None)[0]))
@@ -313,7 +338,7 @@ def embedded(root: Path) -> str:
     """Of `letters` and `arith` each norm's gap to none, in points, by parts of the run (steps 70 to
     100 were chosen on other seeds), what std has over batch, and mean held-out pass rates."""
     gaps, held = defaultdict[str, dict[str, Any]](dict), defaultdict[str, dict[str, Any]](dict)
-    for name in [name for name in ("letters", "arith") if (root / name).exists()]:
+    for name in ("letters", "arith"):
         logs = pd.concat([run.log for run in whole_runs(root / name / "default")])
         rates = logs.pivot(index="step", columns=["norm", "seed"], values="rate")
         norms = [norm for norm in rates.columns.unique(0) if norm != "none"]
@@ -529,7 +554,8 @@ def findings(root: Path) -> str:
     """The README's table, but for drawn tasks and word problems: gaps of std, in points, over all
     steps, in the language model up to a pass rate of 0.95; and held out at the end."""
     rows: dict[str, dict[str, Any]] = {}
-    ends = {"letters/default": 249, "foretell/arith": 119, "pretrained/*-0-of-3": None}
+    ends = {"letters/default": 249, "arith/default": 249, "pretrained/*-0-of-3": None}
+    ends |= {"pretrained/*-3-of-3": None}
     for name, end in ends.items():
         (folder,) = root.glob(name)
         runs = [run for run in whole_runs(folder) if run.config["norm"] in NORMS[:2]]
@@ -619,9 +645,9 @@ PACKED: dict[str, tuple[str, ...]] = {
     "undone": ("foretell", "undo"),
     "language": ("pretrained", "ahead"),
     "words": ("words",),
-    "embedded": ("letters",),
-    "levels": ("letters", "foretell"),
-    "findings": ("letters", "foretell", "pretrained"),
+    "embedded": ("letters", "arith"),
+    "levels": ("letters", "arith"),
+    "findings": ("letters", "arith", "pretrained"),
     "picture": ("letters",),
     "carried": ("pretrained",),
     "thirds": ("model",),
