@@ -86,9 +86,9 @@ def letters(given: argparse.Namespace) -> Plan:
 
 
 def arith(given: argparse.Namespace) -> Plan:
-    """The same where all prompts teach one skill: none and std."""
-    flags = dict(measure_every=10, curvature=False)
-    yield from paired("default", NORMS[:2], TEN, task="arith", **flags)
+    """The same where all prompts teach one skill."""
+    yield from paired("default", NORMS[:2], TEN, task="arith", **EVERY)
+    yield from paired("default", ["var"], task="arith", **EVERY)
 
 
 def foretell(given: argparse.Namespace) -> Plan:
