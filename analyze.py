@@ -244,7 +244,7 @@ def detect_phases(
     result: dict[str, Any] = {"found": False, "knots": 0, "claims": {}}
     result |= {"boundaries": [], "intervals": [], "line": []}
     if gap is None:
-        return result | {"reason": "Undecided: a gap takes none and another norm, with the same seeds"}
+        return result | {"reason": "Undecided: a gap takes none and another norm, same seeds"}
     if len({values.shape for values in given}) > 1:
         raise ValueError("series of unequal shapes")
     sigma, spread, gaps = [windows(pd.DataFrame(values, index)).dropna() for values in given]

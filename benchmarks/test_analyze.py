@@ -239,7 +239,7 @@ def test_detect_phases_without_a_gap_is_undecided():
     sigma = np.full((3, 60), 0.3)
     result = analyze.detect_phases(None, sigma, sigma)
     assert not result["found"] and result["claims"] == {} and result["boundaries"] == []
-    assert "run --norm none" in result["reason"]
+    assert "none and another norm" in result["reason"]
 
 
 def test_detect_phases_refuses_unequal_shapes():
