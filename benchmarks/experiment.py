@@ -16,10 +16,10 @@
     python benchmarks/experiment.py model --model DIR --svamp SVAMP.jsonl   # pairs of runs
     python benchmarks/experiment.py letters --pack  # no runs: their logs, thinned, into results/
 
-Runs lie in OUT/STUDY/VARIANT/; tables.py prints what they say, and `python analyze.py
-runs/experiment/letters/default/*` reports in full. SVAMP.jsonl (Patel et al. 2021) has columns
-question, answer and equation; the first 700 problems train, the rest are held out. Choose a rate
-for `model` by --lr and --seeds, on a seed that is not reported.
+Runs lie in OUT/STUDY/VARIANT/; tables.py prints what they say, and
+`python analyze.py runs/experiment/letters/default/*` reports on them in full. SVAMP.jsonl (Patel et
+al. 2021) has columns question, answer and equation; the first 700 problems train, the rest are held
+out. Choose a rate for `model` by --lr and --seeds, on a seed that is not reported.
 """
 
 import argparse
