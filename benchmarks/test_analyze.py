@@ -186,7 +186,7 @@ def test_detect_phases_judges_claims_on_lines_without_noise(corners, failed):
         assert claims[name]["effect"] == pytest.approx(value, abs=1e-9)
         interval = pytest.approx([value - half, value + half], rel=1e-5, abs=1e-9)
         assert claims[name]["interval"] == interval
-    assert result["found"] == ("alike to step 100" in result["reason"]) == (not failed)
+    assert result["found"] == ("alike on average to step 100" in result["reason"]) == (not failed)
 
 
 def planted() -> tuple[np.ndarray, np.ndarray]:
