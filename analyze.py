@@ -325,7 +325,9 @@ def detect_phases(
         reason = f"No three phases: these claims on the gap are not confirmed: {', '.join(failed)}"
     else:
         result["found"] = True
-        reason = "Three phases: alike on average to step {}, the gap opens until {}; it then widens "
+        reason = (
+            "Three phases: alike on average to step {}, the gap opens until {}; it then widens "
+        )
         reason = reason.format(*bounds[0]) + "at less than half that rate, if at all"
         if (verdict := claims["orthogonality_falls"]["verdict"]) != "holds":
             reason += f". The paper's reason, that gradients grow less orthogonal, is {verdict}"

@@ -35,7 +35,7 @@ Part three, the plumbing: models, answers, data, files, processes, the command l
 
 To copy, as they need only torch and their arguments: group_advantages (with advantage_scale),
 token_weights, policy_loss, k3_divergence, sample_tokens, gradient_geometry (with pair_cosines),
-progress, directional_curvature (with square), count_sketch.
+progress, step_diagonal, directional_curvature (with square), count_sketch.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Config:
     instruction: str | None = None  # prompt text around {question}; default: the task's
     chat: bool = True  # whether to use the tokenizer's chat template, if it has one
     # Algorithm:
-    norm: Literal["none", "std", "var", "batch"] = "std"  # what advantages are divided by
+    norm: Literal["none", "std", "var", "batch"] = "std"  # divisor: 1, sigma, sigma^2, the batch's
     prompts: int = 16  # P, prompts per step
     group: int = 16  # G, completions per prompt
     max_new_tokens: int | None = None  # default: letters and arith 6, gsm8k 512, math 1024
@@ -111,12 +111,12 @@ class Config:
     kl: float = 0.0  # weight of the KL term against the frozen start policy
     # Optimizer:
     steps: int = 250  # number of batches to sample; each gets --epochs updates
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd is the one that the theory is about
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd, of which the theory speaks, needs --lr
     lr: float | None = None  # default: letters 2e-4, arith 3e-4, else 1e-6; with --lora 10 times
     max_grad_norm: float = 10.0  # clip the gradient norm (it varies with --norm) to this; 0: never
     # Measuring:
     measure_every: int = 10  # steps between measurements of the prompts' gradients; 0: never
-    curvature: bool | None = None  # then curvature and Fisher as well; default: up to 1M weights
+    curvature: bool | None = None  # also measure curvature and Fisher; default: up to 1M weights
     eval_every: int = 50  # steps between evaluations on held-out problems; 0: only at start and end
     eval_problems: int = 512  # number of held-out problems (at most a third if split off --data)
     # Run:
@@ -670,7 +670,7 @@ def progress(AA, AB, BB, group, scale):
     expected reward by a step lr * D * mean over p of scale_p * (G-1)/G * g_p, divided by lr, where
     g_p is prompt p's leave-one-out gradient and D the optimizer's diagonal. AA, AB, BB: [P, P]
     inner products of the gradients sqrt(D) * g from the groups' halves, as in gradient_geometry.
-    scale: [P], as from advantage_scale. Returns the values [P, 2], one from each half of the
+    scale: [P], advantage_scale(...)[:, 0]. Returns the values [P, 2], one from each half of the
     prompt's own group, and the step's length in the metric D, divided by lr. A prompt's own part in
     the step is left out: the next prompt is another one, and then there is no bias."""
     n, m = (group + 1) // 2, group // 2
@@ -1671,6 +1671,8 @@ def main(arguments=None):
         if group := group_of.get(action.dest):
             parser._optionals._group_actions.remove(action)
             group._group_actions.append(action)
+        if action.const is False:  # --no-chat, beside --chat false
+            action.help = argparse.SUPPRESS
         if action.dest == "curvature":
             action.nargs = "?"  # as for settings that are either true or false
             action.const = True

@@ -14,12 +14,14 @@ is no plain sum over tokens. output_dir/prompts.jsonl has each prompt's values. 
 takes twice its time (more if the model is tiny), and memory for four more gradients. Data parallel
 training works; sharded parameters (FSDP, ZeRO-3) and images do not. No score at all counts as 0.
 
-Without TRL. In: model; prompts, P lists of tokens; completions, G such lists for each, end token
-included; rewards [P, G]; the temperature at which this very model sampled. Out: values to log, and
-columns [P]. For a large model keep only count_sketch(gradient, signs, SKETCH) of each gradient.
+Without TRL, before the optimizer's step. In: model (no dropout); prompts, P lists of tokens;
+completions, G such lists for each, end token included; rewards [P, G]; the temperature at which
+this very model sampled; optimizer, torch's SGD or AdamW with one group of parameters. Out: values
+to log, and columns [P]. Progress is of a loss that sums over tokens and averages over completions.
+For a large model keep only count_sketch of each gradient, and of root * gradient for progress.
 
     import torch
-    from grpo import gradient_geometry, group_advantages
+    from grpo import advantage_scale, gradient_geometry, group_advantages, progress, step_diagonal
     P, G = rewards.shape
     advantages = group_advantages(rewards, "none") * G / (G - 1)  # leave-one-out, NOT divided
     parameters = [x for x in model.parameters() if x.requires_grad]
@@ -34,8 +36,18 @@ columns [P]. For a large model keep only count_sketch(gradient, signs, SKETCH) o
                 logprobs = logits.log_softmax(dim=1).gather(1, tokens[0, -n:, None])
                 mean = mean + advantages[p, g] * logprobs.sum() / len(half)
             gradient = torch.autograd.grad(mean, parameters, materialize_grads=True)
-            vectors.append(torch.cat([x.flatten() for x in gradient]).double().cpu())
-    values, columns = gradient_geometry(torch.stack(vectors[::2]), torch.stack(vectors[1::2]), G)
+            vectors.append(torch.cat([x.flatten() for x in gradient]).cpu().double())
+    A, B = torch.stack(vectors[::2]), torch.stack(vectors[1::2])  # [P, D]
+    values, columns = gradient_geometry(A, B, G)
+    if diagonal := step_diagonal(optimizer, parameters):  # AdamW has none before its first step
+        root = torch.cat([d.flatten() for d in diagonal]).cpu().double().sqrt()
+        A, B = A * root, B * root
+        for norm in ("none", "std", "var"):
+            scale = advantage_scale(rewards, norm)[:, 0].cpu().double()
+            gains, length = progress(A @ A.T, A @ B.T, B @ B.T, G, scale)
+            lr = optimizer.param_groups[0]["lr"]
+            columns[f"progress_{norm}"] = (lr * gains).tolist()  # [P, 2]
+            values[f"length_{norm}"] = float(lr * length)
 """
 
 import pandas as pd
