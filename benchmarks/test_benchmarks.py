@@ -396,8 +396,8 @@ def test_run_takes_the_packed_runs_as_made(study, tmp_path, monkeypatch):
     for path in made:
         flags = plan[f"{path.relative_to(given.out / study)}"]
         assert experiment.run(path, flags, 1) == f"{path}: there already"
-        changed = experiment.run(path, flags | dict(lr=0.5, chat=None), 1)
-        assert changed == f"{path}: there already, but made with another lr, chat: remove it"
+        changed = experiment.run(path, flags | dict(temperature=0.5), 1)
+        assert changed == f"{path}: there already, but made with another temperature: remove it"
     assert (
         len(made) == dict(pretrained=56, ahead=3, foretell=60, undo=30, letters=35, words=1)[study]
     )
