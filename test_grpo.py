@@ -741,6 +741,7 @@ def test_train_has_the_same_weights_to_the_bit_with_and_without_measuring(change
             assert len(more) == (2 if line["step"] in (0, 2) else 0)
 
 
+@slow
 def test_train_on_another_device_is_the_same(tmp_path):
     """On CUDA pretended by the CPU: whatever meets a tensor of the other side raises an error."""
     changes = BRIEF | dict(steps=1, measure_every=1, epochs=2, kl=0.1)
@@ -1231,6 +1232,7 @@ def assert_like(out, other):
 SHARED_OUT = dict(steps=3, prompts=4, optimizer="sgd", lr=0.1, measure_every=2, save_every=1)
 
 
+@slow
 def test_train_with_processes_of_which_one_dies_resumes_with_another_number(tmp_path, monkeypatch):
     """Gradients are sketched, with one set of signs. Of 2 the last dies in step 1, after 2 * 4
     rewards of the evaluation and 10 of a step; the other ends."""
@@ -1358,7 +1360,7 @@ SPOILED = [  # what is made from a number n, and is not n whatever it works out 
 # fmt: on
 
 
-@pytest.mark.parametrize("examples", [100, pytest.param(20_000, marks=slow)])
+@pytest.mark.parametrize("examples", [50, pytest.param(20_000, marks=slow)])
 def test_grade_of_a_number_in_every_form_is_1_and_of_what_is_made_from_it_0(examples):
     """Made from it: its neighbour, by one in the last digit; another unit; what is to work out."""
 
