@@ -449,7 +449,8 @@ def test_split_rows_by_hand():
     assert grpo.split_rows(batch, [], (1, 1)) == []
 
 
-GRADIENTS = [("gpt2", "sequence"), ("llama", "mean"), ("gemma2", "token")]
+GRADIENTS = [("gpt2", "sequence"), ("llama", "mean")]
+GRADIENTS += [pytest.param("gemma2", "token", marks=slow)]
 
 
 @pytest.mark.parametrize(("kind", "agg"), GRADIENTS)
@@ -1102,6 +1103,7 @@ def test_resume_after_a_crash_is_the_same_run_to_the_bit(whole, tmp_path):
     assert_same_run(tmp_path, whole[0])
 
 
+@slow
 def test_resume_after_a_signal_a_full_disk_and_a_changed_schedule(tmp_path, capsys, monkeypatch):
     """With adapters. A full disk is one line and costs nothing. Some settings may differ."""
     changes = BRIEF | dict(save_every=2, steps=5, lora=4)

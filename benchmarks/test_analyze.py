@@ -1026,6 +1026,7 @@ def test_read_run_takes_what_is_no_number_for_not_measured(tmp_path):
     assert run.log.iloc[-1][analyze.METRICS].isna().all() and run.halves.empty
 
 
+@slow
 def test_main_shows_the_first_page_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(analyze, "draw", lambda *_: None)
     t = np.arange(100)

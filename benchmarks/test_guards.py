@@ -35,7 +35,8 @@ from test_grpo import (  # noqa: E402
 )
 
 
-@pytest.mark.parametrize("changes", [dict(lora=4), pytest.param(dict(kl=0.1), marks=slow)])
+@slow
+@pytest.mark.parametrize("changes", [dict(lora=4), dict(kl=0.1)])
 def test_resume_refuses_other_problems_start_models_and_frozen_weights(changes, tmp_path):
     """They are in no checkpoint, and another file may lie where they were."""
     model = Path(shutil.copytree(LETTERS.model, tmp_path / "model"))
