@@ -419,8 +419,13 @@ def main() -> None:
         return
     if given.study in ("model", "words", "pretrained", "ahead") and not given.model:
         parser.error(f"{given.study} needs --model")
-    if given.study in ("model", "words") and not (given.svamp and given.svamp.is_file()):
-        parser.error(f"{given.study} needs --svamp FILE.jsonl")
+    if given.study == "model" and not given.svamp:
+        parser.error("model needs --svamp FILE.jsonl")
+    if given.study == "words" and not (given.svamp or given.gsm8k):
+        parser.error("words needs --svamp FILE.jsonl or --gsm8k FILE.jsonl")
+    for file in (given.svamp, given.gsm8k):
+        if file and not file.is_file():
+            parser.error(f"no file {file}")
     failed = False
 
     def make(entry: tuple[str, dict[str, Any]]) -> str:

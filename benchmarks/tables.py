@@ -16,7 +16,7 @@
     python benchmarks/tables.py condition --runs runs/experiment   # gap against overlap
     python benchmarks/tables.py contrast --runs runs/experiment    # of `drawn`: by kind of task
 
-Logs come from results/, packed by `experiment.py pack`; with --runs, from the runs that
+Logs come from results/, packed by `experiment.py STUDY --pack`; with --runs, from the runs that
 experiment.py made there. Intervals are over seeds unless a table says otherwise.
 """
 
@@ -147,9 +147,8 @@ def advance(runs: list[analyze.Run], kind: str, stop: int) -> pd.DataFrame:
     for run in runs:
         whole = 100 * analyze.smooth_rates(run.prompts, ["level"])
         steps = np.arange(whole.shape[1])
-        first = (
-            0 if run.config.get("optimizer") == "sgd" else analyze.FIRST
-        )  # Adam's moments are young
+        adam = run.config.get("optimizer") != "sgd"
+        first = analyze.FIRST if adam else 0  # Adam's moments are young before
         if kind == "progress":
             kappa = analyze.same_length(run.log[run.log["step"].between(first, stop - 1)])
             halves = run.halves[run.halves["step"] < stop]
@@ -237,8 +236,8 @@ def undone(root: Path) -> str:
 
 
 def language(root: Path) -> str:
-    """In the language model: the lead by letter at step 60, foretold from three runs of none and
-    seen in ten pairs; and every comparison divided into a common speed-up and a reallocation."""
+    """In the language model: the lead by letter at step 60, foretold from runs of none and seen
+    in ten pairs; and every comparison divided into a common speed-up and a reallocation."""
     made = {folder.name: whole_runs(folder) for folder in sorted((root / "pretrained").glob("*/"))}
     leads: dict[str, dict[str, Any]] = {}
     for folder in sorted((root / "ahead").glob("*/")):
@@ -385,7 +384,7 @@ def picture(root: Path) -> tuple[str, Figure]:
         (right, hardest, analyze.COLORS["hardest"], "-", "hard problems", 93, 15, "left"),
         (right, middle, analyze.COLORS["middle"], "-", "medium problems", 95, -5.5, "left"),
         (right, easiest, analyze.COLORS["easiest"], "-", "easy problems", 252, -1.9, "right"),
-        (right, lead["std"], "#000000", "-", "all problems", 130, 4.8, "left"),
+        (right, lead["std"], "#000000", "-", "all problems", 82, 1.2, "left"),
     ):
         tens = series.groupby(series.index // 10 * 10 + 5).mean()
         rows = analyze.bands(tens.T.items())
@@ -634,12 +633,9 @@ def exact(root: Path) -> str:
     return analyze.markdown(rows)
 
 
-NEW = (foretold, undone, language, words)
-OLD = (findings, levels, embedded, picture, carried, thirds, fresh, exact)
-UNPACKED = (table, condition, contrast)
-TABLES: dict[str, Callable[[Path], Any]] = {
-    function.__name__: function for function in NEW + OLD + UNPACKED
-}
+FUNCTIONS = [foretold, undone, language, words, findings, levels, embedded, picture, carried]
+FUNCTIONS += [thirds, fresh, exact, table, condition, contrast]
+TABLES: dict[str, Callable[[Path], Any]] = {function.__name__: function for function in FUNCTIONS}
 # The studies in results/ that a table reads; those without an entry have no packed logs.
 PACKED: dict[str, tuple[str, ...]] = {
     "foretold": ("foretell",),
