@@ -236,14 +236,18 @@ def undone(root: Path) -> str:
 
 
 def language(root: Path) -> str:
-    """In the language model: the lead by letter at step 60, foretold from runs of none and seen
-    in ten pairs; and every comparison divided into a common speed-up and a reallocation."""
+    """In the language model: the lead by letter where the runs of `ahead` end, foretold from them
+    and seen in ten pairs; and every comparison divided into a common speed-up and a
+    reallocation."""
     made = {folder.name: whole_runs(folder) for folder in sorted((root / "pretrained").glob("*/"))}
     leads: dict[str, dict[str, Any]] = {}
     for folder in sorted((root / "ahead").glob("*/")):
-        rows, slope = beside_gap(whole_runs(folder), made[folder.name], "std", 60)
-        leads |= {f"{folder.name}, {level}": row for level, row in rows.items()}
-        leads[f"{folder.name}, slope over levels"] = {"seen": slope}
+        runs = whole_runs(folder)
+        step = 1 + min(run.end for run in runs)
+        rows, slope = beside_gap(runs, made[folder.name], "std", step)
+        title = f"{folder.name}, step {step}"
+        leads |= {f"{title}, {level}": row for level, row in rows.items()}
+        leads[f"{title}, slope over levels"] = {"seen": slope}
     letters = next(name for name in made if "0-of-3" in name)
     batch = made.pop("letters-batch")
     seeds = {run.config["seed"] for run in batch}
@@ -259,7 +263,7 @@ def language(root: Path) -> str:
         for part, row in table.items():
             values = dict(zip(("lead", "common speed-up", "reallocation"), row.values()))
             parted[f"{name}, {part}"] = {"to step": float(stop - 1)} | values
-    titles = "Lead of std at step 60, in points", "At equal overall pass rate, in points"
+    titles = "Lead of std, in points", "At equal overall pass rate, in points"
     tables = map(analyze.markdown, (leads, parted))
     return "\n\n".join(f"{title}\n\n{table}" for title, table in zip(titles, tables))
 
