@@ -168,11 +168,11 @@ def model(given: argparse.Namespace) -> Plan:
 def words(given: argparse.Namespace) -> Plan:
     """The same model from the same start, with groups large enough to measure progress in; GSM8K's
     completions take six times the tokens, so fewer of them, and all measured."""
-    more: dict[str, Any] = dict(steps=40, curvature=False, eval_every=0, lr=1e-5, eval_problems=32)
+    more: dict[str, Any] = dict(curvature=False, eval_every=0, lr=1e-5, eval_problems=32)
     more["micro_batch"] = 2048  # a third faster with this vocabulary; logits of a gigabyte
     sizes: dict[str, dict[str, Any]] = {}
-    sizes["svamp"] = dict(prompts=16, group=16, measure_every=3, save_every=3)
-    sizes["gsm8k"] = dict(prompts=8, group=8, measure_every=1, save_every=1)
+    sizes["svamp"] = dict(prompts=16, group=16, steps=40, measure_every=3, save_every=3)
+    sizes["gsm8k"] = dict(prompts=8, group=8, steps=30, measure_every=1, save_every=1)
     for name, size in sizes.items():
         if getattr(given, name):
             start, flags = word_problems(given, name)

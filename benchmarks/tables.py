@@ -243,10 +243,15 @@ def language(root: Path) -> str:
     leads: dict[str, dict[str, Any]] = {}
     for folder in sorted((root / "ahead").glob("*/")):
         runs = whole_runs(folder)
+        if not runs:
+            continue
         step = 1 + min(run.end for run in runs)
         rows, slope = beside_gap(runs, made[folder.name], "std", step)
         title = f"{folder.name}, step {step}"
-        leads |= {f"{title}, {level}": row for level, row in rows.items()}
+        each = [beside_gap([run], made[folder.name], "std", step)[0] for run in runs]
+        for level, row in rows.items():
+            row["foretold"] = analyze.mean_interval(one[level]["foretold"] for one in each)
+            leads[f"{title}, {level}"] = row
         leads[f"{title}, slope over levels"] = {"seen": slope}
     letters = next(name for name in made if "0-of-3" in name)
     batch = made.pop("letters-batch")
