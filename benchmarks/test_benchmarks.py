@@ -399,7 +399,7 @@ def test_run_takes_the_packed_runs_as_made(study, tmp_path, monkeypatch):
         changed = experiment.run(path, flags | dict(temperature=0.5), 1)
         assert changed == f"{path}: there already, but made with another temperature: remove it"
     assert (
-        len(made) == dict(pretrained=56, ahead=6, foretell=60, undo=30, letters=35, words=1)[study]
+        len(made) == dict(pretrained=56, ahead=6, foretell=60, undo=30, letters=35, words=2)[study]
     )
 
 
