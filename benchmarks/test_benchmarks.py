@@ -389,8 +389,9 @@ def test_run_takes_the_packed_runs_as_made(study, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "pretrained_start", started)
     monkeypatch.setattr(experiment, "warm_start", lambda *arguments: None)
     (tmp_path / "none.jsonl").write_text("")
-    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10), gsm8k=None)
-    given.svamp, given.model = Path("none.jsonl"), "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+    given = SimpleNamespace(out=Path("runs/experiment"), seeds=range(10))
+    given.svamp = given.gsm8k = Path("none.jsonl")
+    given.model = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
     plan = dict(getattr(experiment, study)(given))
     made = [path.parent for path in given.out.glob(f"{study}/*/*/model")]
     for path in made:
