@@ -248,9 +248,9 @@ def language(root: Path) -> str:
         step = 1 + min(run.end for run in runs)
         rows, slope = beside_gap(runs, made[folder.name], "std", step)
         title = f"{folder.name}, step {step}"
-        each = [beside_gap([run], made[folder.name], "std", step)[0] for run in runs]
+        progress = analyze.foretell(runs, by_level(runs), step)["rows"]  # for its intervals
         for level, row in rows.items():
-            row["foretold"] = analyze.mean_interval(one[level]["foretold"] for one in each)
+            row["foretold"] = [step / 100 * x for x in progress[level]["std less none"]]
             leads[f"{title}, {level}"] = row
         leads[f"{title}, slope over levels"] = {"seen": slope}
     letters = next(name for name in made if "0-of-3" in name)

@@ -577,18 +577,18 @@ def test_words_by_pass_rate(tmp_path):
 
 
 CITED = {  # on the pages
-    "foretold": "| all to step 60 | 43 | 41 | 41 |",
-    "undone": "0.594 [0.437, 0.752]",
-    "language": "1.63 [1.49, 1.77]",
-    "words": "-12.7 [-28.4, 3.03]",
-    "findings": "1.76 [1.38, 2.15]",
-    "levels": "1.12 [1.05, 1.19]",
-    "embedded": "3.68 [3.07, 4.29]",
-    "picture": "10 pairs of runs: Three phases: alike on average to step 34",
-    "carried": "2.32 [1.93, 2.71]",
-    "thirds": "0.438 [-0.985, 1.86]",
-    "fresh": "1.69 [1.29, 2.1]",
-    "exact": "1.09 [1.09, 1.11]",
+    "foretold": ["| all to step 60 | 43 | 41 | 41 |"],
+    "undone": ["0.594 [0.437, 0.752]"],
+    "language": ["1.63 [1.49, 1.77]", "step 60, level b | -8.09 [-108, 92.2] | 6.94 [3.5, 10.4] |"],
+    "words": ["-12.7 [-28.4, 3.03]", "-2.51 [-8.25, 3.22]"],
+    "findings": ["1.76 [1.38, 2.15]"],
+    "levels": ["1.12 [1.05, 1.19]"],
+    "embedded": ["3.68 [3.07, 4.29]"],
+    "picture": ["10 pairs of runs: Three phases: alike on average to step 34"],
+    "carried": ["2.32 [1.93, 2.71]"],
+    "thirds": ["0.438 [-0.985, 1.86]"],
+    "fresh": ["1.69 [1.29, 2.1]"],
+    "exact": ["1.09 [1.09, 1.11]"],
 }
 
 
@@ -600,7 +600,7 @@ def test_every_table_comes_from_the_packed_logs_in_a_minute(name, tmp_path):
     found = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert sum(os.times()[2:4]) - start < 60  # of processor time
-    assert CITED[name] in found.stdout
+    assert all(number in found.stdout for number in CITED[name])
 
 
 def test_a_table_without_packed_logs_says_what_to_do(tmp_path, monkeypatch, capsys):
